@@ -1,0 +1,53 @@
+# make demo   the whole program on drawn pictures, offline after installation, in about 7 minutes on two cores
+# make test   the checks
+# make soak   the long checks of RELIABILITY.md, at most 30 minutes on two cores
+# make clean  removes what both made
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PYTHON ?= python3
+SHAPES := examples/shapes
+
+.PHONY: demo test soak lint clean tiny
+.NOTPARALLEL:
+
+demo: .venv/installed
+	python $(SHAPES)/draw.py
+	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
+	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
+	python -m examples.train_classifier --parameters $(SHAPES)/parameters.json --epochs 4 --label-smoothing 0.1
+	python train_darionet.py --parameters $(SHAPES)/pixels.json
+	python train_darionet.py --parameters $(SHAPES)/parameters.json
+	python test.py --parameters $(SHAPES)/parameters.json
+	python try_darionet.py --parameters $(SHAPES)/parameters.json $(SHAPES)/data/val_original/rings/0000.png
+	@echo
+	@echo "The table and figures: $$(ls -d assets/logs/test_* | tail -n 1)/results.md, table.png, triptychs.png"
+	@echo "One image: $$(ls -d assets/logs/try_* | tail -n 1)/scales.png, classification.png"
+
+test: .venv/installed
+	ruff check .
+	ruff format --check .
+	pytest
+
+soak: export OMP_NUM_THREADS = 1
+soak: .venv/installed
+	python soak/killed.py 200
+	python soak/signals.py
+	python soak/torchrun.py
+	SOAK=1 pytest tests/test_checkpoint.py tests/test_images.py tests/test_fuzz_parameters.py tests/test_resume.py \
+		tests/test_malicious.py tests/test_nonfinite.py
+
+lint: .venv/installed
+	ruff format .
+	ruff check --fix .
+
+# The results table of examples/tiny_imagenet: make tiny ARCHIVE=tiny-imagenet-200.zip
+tiny: .venv/installed
+	examples/tiny_imagenet/run.sh $(ARCHIVE)
+
+.venv/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, as in: make PYTHON=python3.12 demo" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(SHAPES)/data $(SHAPES)/output assets/logs

@@ -1,0 +1,385 @@
+"""Measures a training step and an evaluation pass against the plain reference, in one run, taking turns.
+
+    python -m benchmarks.throughput                 the published network (23 blocks, 81 px): CPU batch 2, GPU 16 and 64
+    python -m benchmarks.throughput --quick         4 blocks
+    python -m benchmarks.throughput --size 32 3 16 --side 64 --batch 16      the network of examples/shapes
+
+What runs is the program's own code, `train_epoch` and `validate`, on random images and random weights; the plain
+reference is benchmarks/plain.py with the same weights. Loading and inference are compared with spandrel's ESRGAN, where
+spandrel is installed. Correctness comes first (benchmarks/correctness.py): nothing is timed that gives wrong numbers.
+The last line is JSON: train_ratio and evaluate_ratio are images/s over the plain reference's.
+
+FLOPs are those of the convolutions and matrix products of the plain step, counted by torch.utils.flop_counter; the peak
+is the fastest 3x3 convolution and the fastest matrix product found in the same run.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks.correctness import all_checks, frozen, plain_twin, print_checks, random_classifier, random_network
+from benchmarks.plain import plain_loss
+from experiment.data import Batch, to_float
+from experiment.distillation import Progress, distillation_loss, train_epoch, validate
+from experiment.runtime import DTYPES, Runtime, Stopper, choose_runtime, compiled, make_deterministic
+from models.classifier import FrozenClassifier
+from models.darionet import load_rrdbnet, prepare
+from models.pipeline import Pipeline
+from models.rrdbnet import ResidualDenseBlock, RRDBNet
+
+LEARNING_RATE = 1e-5
+IMPORTS = "import torch, torchvision, experiment.distillation, models.darionet"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="4 blocks instead of 23")
+    parser.add_argument("--size", type=int, nargs=3, metavar=("FEATURES", "BLOCKS", "GROWTH"), default=(64, 23, 32))
+    parser.add_argument("--side", type=int, default=256, help="of the images, in pixels")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 2 on a CPU, 16 and 64 on a GPU")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn")
+    parser.add_argument("--recompute", action="store_true", help="training.recompute")
+    parser.add_argument(
+        "--definition", action="store_true", help="dense blocks as rrdbnet.py defines them, not fast.py's"
+    )
+    parser.add_argument("--no-checks", action="store_true", help="skip the correctness checks")
+    arguments = parser.parse_args()
+    features, blocks, growth = arguments.size
+    size = (features, 4 if arguments.quick else blocks, growth)
+    if arguments.definition:
+        ResidualDenseBlock.forward = ResidualDenseBlock.plain
+
+    runtime = choose_runtime("auto")
+    make_deterministic(1337)
+    device = runtime.device
+    print(f"Machine: {machine(runtime)}; torch {torch.__version__}, torchvision {torchvision.__version__}")
+    result = {"device": runtime.describe(), "torch": torch.__version__, "size": size, "side": arguments.side}
+    with tempfile.TemporaryDirectory() as folder:
+        if not arguments.no_checks:
+            print("\nCorrectness: |difference| / |expected|")
+            if print_checks(all_checks(device.type, Path(folder))):
+                return 1
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+        result["import_seconds"] = time.perf_counter() - started
+        result |= peaks(runtime)
+        result |= loading_and_inference(size, arguments, runtime, Path(folder))
+        for batch in arguments.batch or ([2] if device.type == "cpu" else [16, 64]):
+            result |= {"batch": batch} | measure(size, batch, arguments, runtime, Path(folder), result)
+    print(json.dumps(result))
+    return 0
+
+
+def machine(runtime: Runtime) -> str:
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        processor = names[0] if names else processor
+    return f"{runtime.describe()}; {processor}; Python {platform.python_version()}"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(call: Callable[[], None], device: torch.device, repeats: int) -> float:
+    """Seconds a call, over `repeats` of them; from events on a GPU."""
+    if device.type == "cuda":
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(repeats):
+            call()
+        last.record()
+        torch.cuda.synchronize(device)
+        return first.elapsed_time(last) / 1000 / repeats
+    started = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - started) / repeats
+
+
+def peaks(runtime: Runtime) -> dict[str, float]:
+    """The machine's fastest matrix product and 3x3 convolution (channels_last), GFLOP/s, in float32 and ours."""
+    device = runtime.device
+    n, images = (8192, 16) if device.type == "cuda" else (2048, 2)
+    found = {}
+    print("\nPeaks, GFLOP/s: the best of 5 turns")
+    for dtype in dict.fromkeys((torch.float32, DTYPES[runtime.precision])):
+        name = str(dtype).removeprefix("torch.")
+        a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+        seconds = [timed(lambda a=a, b=b: a @ b, device, 3) for _ in range(6)][1:]
+        found[f"peak_matmul_{name}"] = 2e-9 * n**3 / min(seconds)
+        best = 0.0
+        for channels, side in ((64, 324), (128, 162), (256, 81), (512, 40)):
+            x = torch.randn(images, channels, side, side, device=device, dtype=dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
+            weight = weight.contiguous(memory_format=torch.channels_last)
+            seconds = [timed(lambda x=x, w=weight: F.conv2d(x, w, padding=1), device, 3) for _ in range(6)][1:]
+            best = max(best, 2e-9 * images * side**2 * channels**2 * 9 / min(seconds))
+        found[f"peak_convolution_{name}"] = best
+        print(f"  {name:9s} matrix product {found[f'peak_matmul_{name}']:9.1f}, 3x3 convolution {best:9.1f}")
+    return found
+
+
+class Ours:
+    """The program's own training step and validation, on batches held in memory."""
+
+    def __init__(self, network: RRDBNet, classifier: FrozenClassifier, batches: list[Tensor], runtime: Runtime):
+        self.runtime, self.network = runtime, network
+        if runtime.precision != "float32":
+            classifier.fold(DTYPES[runtime.precision])
+        self.pipeline = Pipeline("DarioNet", classifier, upscaler=network)
+        loss = partial(distillation_loss, logits=1.0, pixels=0.0, features=0.0)
+        self.loss = compiled(loss) if runtime.device.type == "cuda" else loss
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.batches = [Batch(images, torch.arange(len(images)), []) for images in batches]
+        self.progress = Progress()
+
+    def train(self) -> None:
+        """One step a batch."""
+        train_epoch(
+            self.pipeline,
+            self.loss,
+            self.optimizer,
+            self.scaler,
+            self.batches,
+            self.runtime,
+            self.progress,
+            learning_rate=lambda batch: LEARNING_RATE,
+            gradient_clip_norm=1.0,
+            check_unreadable=lambda found: None,
+            after_step=lambda: None,
+            stopper=Stopper(),
+            bar=tqdm(disable=True),
+        )
+        assert not self.progress.skipped, "the loss was not finite"
+
+    def evaluate(self) -> None:
+        """One validation batch a batch: the loss, and the scores on the original and on the rebuilt images."""
+        targets = list(range(len(self.batches[0].images)))
+        bar = tqdm(disable=True)
+        validate(self.pipeline, self.loss, self.batches, targets, self.runtime, Stopper(), bar)
+
+
+class Plain:
+    """The same written plainly: float32 on a CPU, float16 autocast with loss scaling on a GPU."""
+
+    def __init__(self, network: RRDBNet, classifier: FrozenClassifier, batches: list[Tensor], runtime: Runtime):
+        self.device = runtime.device
+        self.network = plain_twin(network)
+        self.classifier = copy.deepcopy(classifier.network).to(memory_format=torch.contiguous_format)
+        self.mean, self.std = classifier.mean, classifier.std
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=LEARNING_RATE)
+        self.half = self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.half)
+        self.batches = batches
+
+    def loss(self, images: Tensor) -> Tensor:
+        images = images.to(self.device).float() / 255
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+            return plain_loss(self.network, self.classifier, images, self.mean, self.std)
+
+    def train(self) -> None:
+        for images in self.batches:
+            self.optimizer.zero_grad()
+            loss = self.loss(images)
+            self.scaler.scale(loss).backward()
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            loss.item()
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        for images in self.batches:
+            self.loss(images).item()
+
+
+def measure(
+    size: tuple[int, int, int], batch: int, arguments, runtime: Runtime, folder: Path, peak: dict
+) -> dict[str, float]:
+    """Both variants at one batch size: prints the table, returns its figures."""
+    device = runtime.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, batch, 3, arguments.side, arguments.side)
+    batches = list(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+    started = time.perf_counter()
+    classifier = frozen(random_classifier(), "resnet50", folder)
+    classifier.to(device, memory_format=torch.channels_last)
+    network = prepare(random_network(*size), device)
+    network.recompute = arguments.recompute
+    plain = Plain(network, classifier, batches, runtime)
+    ours = Ours(network, classifier, batches, runtime)
+    built = time.perf_counter() - started
+
+    found: dict[str, float] = {"build_seconds": built}
+    counter = FlopCounterMode(display=False)
+    with counter:
+        plain.train()
+    found["train_gflop"] = counter.get_total_flops() / 1e9 / batch
+    with counter:
+        plain.evaluate()
+    found["evaluate_gflop"] = counter.get_total_flops() / 1e9 / batch
+    print(
+        f"\n{size[1]} blocks of {size[0]} features and {size[2]} growth, batch {batch}, {arguments.side} px; "
+        f"{found['train_gflop']:.0f} GFLOP an image to train, {found['evaluate_gflop']:.0f} to evaluate"
+    )
+    for what, variants in (
+        ("train", {"ours": ours.train, "plain": plain.train}),
+        ("evaluate", {"ours": ours.evaluate, "plain": plain.evaluate}),
+    ):
+        repeats, rates = {}, {name: [] for name in variants}
+        for name, call in variants.items():
+            started = time.perf_counter()
+            call()
+            synchronize(device)
+            found[f"{what}_first_{name}_seconds"] = time.perf_counter() - started
+            found[f"{what}_memory_{name}_mb"] = memory(call, device)
+            repeats[name] = max(1, round(arguments.seconds / timed(call, device, 1)))
+        for _ in range(arguments.rounds):
+            for name, call in variants.items():
+                rates[name].append(batch / timed(call, device, repeats[name]))
+        for name, values in rates.items():
+            rate = statistics.median(values)
+            gflops = rate * found[f"{what}_gflop"]
+            dtype = "float32" if name == "plain" and device.type == "cpu" else str(DTYPES[runtime.precision])[6:]
+            share = gflops / peak[f"peak_convolution_{dtype}"]
+            found |= {f"{what}_{name}": rate, f"{what}_{name}_spread": [min(values), max(values)]}
+            found[f"{what}_{name}_share"] = share
+            print(
+                f"  {what:9s} {name:6s} {rate:9.3f} images/s ({min(values):.3f} to {max(values):.3f}), "
+                f"{gflops:8.1f} GFLOP/s, {100 * share:5.1f} % of the convolution peak, "
+                f"{found[f'{what}_memory_{name}_mb']:7.0f} MB, first call {found[f'{what}_first_{name}_seconds']:.1f} s"
+            )
+        found[f"{what}_ratio"] = found[f"{what}_ours"] / found[f"{what}_plain"]
+        print(f"  {what:9s} ratio  {found[f'{what}_ratio']:9.3f}")
+    losses = validate_once(ours), plain.loss(batches[0]).item()
+    print(f"  loss after training: ours {losses[0]:.4g}, plain {losses[1]:.4g}")
+    assert min(losses) > 0, "timed on zeros"
+    return found
+
+
+def validate_once(ours: Ours) -> float:
+    with torch.no_grad(), ours.runtime.autocast():
+        return ours.loss(ours.pipeline, to_float(ours.batches[0].images, ours.runtime.device)).total.item()
+
+
+def memory(call: Callable[[], None], device: torch.device) -> float:
+    """MB: a GPU's peak; on a CPU what autograd keeps for the backward pass, parameters apart."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        call()
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return saved_bytes(call) / 1e6
+
+
+def saved_bytes(call: Callable[[], None]) -> int:
+    """Largest number of bytes that autograd keeps at once between forward and backward, parameters apart."""
+    alive: dict[int, list[int]] = {}  # address of a storage -> bytes, holders
+    current = largest = 0
+
+    class Kept:
+        def __init__(self, tensor: Tensor):
+            nonlocal current, largest
+            storage = tensor.untyped_storage()
+            self.tensor, self.address = tensor, storage.data_ptr()
+            entry = alive.setdefault(self.address, [storage.nbytes(), 0])
+            entry[1] += 1
+            if entry[1] == 1:
+                current += entry[0]
+                largest = max(largest, current)
+
+        def __del__(self):
+            nonlocal current
+            entry = alive[self.address]
+            entry[1] -= 1
+            if not entry[1]:
+                current -= entry[0]
+                del alive[self.address]
+
+    def pack(tensor: Tensor):
+        return tensor if isinstance(tensor, nn.Parameter) or not tensor.numel() else Kept(tensor)
+
+    def unpack(kept):
+        return kept.tensor if isinstance(kept, Kept) else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        call()
+    return largest
+
+
+@torch.no_grad()
+def loading_and_inference(size: tuple[int, int, int], arguments, runtime: Runtime, folder: Path) -> dict[str, float]:
+    """Reading a weights file and rebuilding one image, against spandrel's ESRGAN."""
+    try:
+        from spandrel import ModelLoader
+    except ImportError:
+        print("\nLoading and inference: spandrel is not installed (pip install spandrel), skipped")
+        return {"spandrel": "not installed"}
+    if size[2] != 32:
+        print("\nLoading and inference: spandrel reads networks of growth 32 alone, skipped")
+        return {"spandrel": "growth is not 32"}
+    device = runtime.device
+    path = folder / "generator.pth"
+    torch.save(random_network(*size).state_dict(), path)
+    seconds: dict[str, list[float]] = {"ours": [], "spandrel": []}
+    for _ in range(3):
+        started = time.perf_counter()
+        ours = load_rrdbnet(str(path), device)
+        synchronize(device)
+        seconds["ours"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+        theirs = ModelLoader(device).load_from_file(path).model.eval()
+        synchronize(device)
+        seconds["spandrel"].append(time.perf_counter() - started)
+    side = max(1, int(arguments.side * 0.32 + 1e-6))
+    small = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    last = small.contiguous(memory_format=torch.channels_last)
+
+    def lower() -> Tensor:
+        with runtime.autocast():
+            return ours(last)
+
+    calls = {"ours_float32": lambda: ours(last), f"ours_{runtime.precision}": lower, "spandrel": lambda: theirs(small)}
+    expected = theirs(small)
+    difference = ((ours(last) - expected).norm() / expected.norm()).item()
+    assert difference < 1e-5, f"spandrel rebuilds another image: {difference}"
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(1 + max(2, arguments.rounds // 2)):
+        for name, call in calls.items():
+            rate = len(small) / timed(call, device, 1)
+            if turn:
+                rates[name].append(rate)
+    found = {f"load_{name}_seconds": statistics.median(values) for name, values in seconds.items()}
+    found |= {f"rebuild_{name}": statistics.median(values) for name, values in rates.items()}
+    print(f"\nLoading, s: ours {found['load_ours_seconds']:.2f}, spandrel {found['load_spandrel_seconds']:.2f}")
+    print(f"Rebuilding {side}x{side}, images/s (they differ by {difference:.1e}):")
+    for name, values in rates.items():
+        print(f"  {name:13s} {statistics.median(values):8.3f} ({min(values):.3f} to {max(values):.3f})")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Turns Tiny ImageNet's archive into the project's folders.
+
+    python -m examples.tiny_imagenet.prepare tiny-imagenet-200.zip
+    python -m examples.tiny_imagenet.prepare tiny-imagenet-200.zip --classes n01443537 n01882714
+    python -m examples.tiny_imagenet.prepare tiny-imagenet-200.zip --all
+
+The archive (zip, tar or tar.gz, in the official layout) is read, not unpacked: only photographs of the chosen classes
+are written, under names that are checked, so that no archive can write outside the folder. A share of the training
+photographs (--held-out) joins the official validation photographs in FOLDER/val_original, which img_sampler_val.py then
+splits into validation and test; all others go to FOLDER/train_original.
+"""
+
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from experiment.parameters import ArgumentParser, run_script
+from experiment.sampling import share
+from models.errors import InputError
+
+TEN_CLASSES = (
+    "n01443537",  # goldfish
+    "n01882714",  # koala
+    "n02106662",  # German shepherd
+    "n02165456",  # ladybug
+    "n02279972",  # monarch
+    "n03085013",  # computer keyboard
+    "n03837869",  # obelisk
+    "n04465501",  # tractor
+    "n07720875",  # bell pepper
+    "n09256479",  # coral reef
+)
+TRAIN = re.compile(r"(?:^|/)train/(n\d{8})/images/(n\d{8}_\d+\.JPEG)$")
+VAL = re.compile(r"(?:^|/)val/images/(val_\d+\.JPEG)$")
+ANNOTATIONS = re.compile(r"(?:^|/)val/val_annotations\.txt$")
+LARGEST = 2**22  # bytes of one member: photographs have 2 kB, the annotations 500 kB
+SEED = 2020
+
+
+def members(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and contents of every plain file of the archive that has one of the three kinds of name.
+
+    Raises:
+        InputError: no archive, a damaged one, or a member of an impossible size.
+    """
+
+    def wanted(name: str, size: int) -> bool:
+        known = any(pattern.search(name) for pattern in (TRAIN, VAL, ANNOTATIONS))
+        if known and size > LARGEST:
+            raise InputError(f"{path}: {name} has {size} bytes; this is not Tiny ImageNet's archive")
+        return known
+
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for info in archive.infolist():
+                    if wanted(info.filename, info.file_size):
+                        yield info.filename, archive.read(info)
+        else:
+            with tarfile.open(path) as archive:
+                for info in archive:
+                    if info.isreg() and wanted(info.name, info.size):
+                        yield info.name, archive.extractfile(info).read()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such archive; examples/tiny_imagenet/README.md says where to get it") from None
+    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable zip or tar archive ({error})") from None
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("archive", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--held-out", type=float, default=0.15, help="share kept from training")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--classes", nargs="+", metavar="WNID", default=TEN_CLASSES, help="default: ten of them")
+    choice.add_argument("--all", action="store_true", help="all classes of the archive")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.held_out < 1:
+        raise InputError(f"--held-out: found {arguments.held_out}; it has to be at least 0 and less than 1")
+
+    train: dict[str, dict[str, bytes]] = {}
+    val: dict[str, bytes] = {}
+    labels: dict[str, str] = {}
+    for name, contents in tqdm(members(arguments.archive), desc="reading", unit="file", disable=None):
+        if match := TRAIN.search(name):
+            if arguments.all or match[1] in arguments.classes:
+                train.setdefault(match[1], {})[match[2]] = contents
+        elif match := VAL.search(name):
+            val[match[1]] = contents
+        else:
+            lines = contents.decode("utf-8", "replace").splitlines()
+            labels = dict(line.split("\t")[:2] for line in lines if line.count("\t") >= 1)
+
+    absent = [] if arguments.all else sorted(set(arguments.classes) - set(train))
+    if absent or not train:
+        raise InputError(f"{arguments.archive}: has no training photographs of {', '.join(absent) or 'any class'}")
+    counts = {"train_original": 0, "val_original": 0}
+
+    def write(part: str, class_name: str, name: str, contents: bytes) -> None:
+        folder = arguments.folder / part / class_name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(contents)
+        counts[part] += 1
+
+    for class_name, photographs in train.items():
+        held_out = set(share(list(photographs), arguments.held_out, SEED, class_name))
+        for name, contents in photographs.items():
+            write("val_original" if name in held_out else "train_original", class_name, name, contents)
+    for name, contents in val.items():
+        if labels.get(name) in train:
+            write("val_original", labels[name], name, contents)
+    for part, count in counts.items():
+        print(f"{arguments.folder / part}: {count} photographs of {len(train)} classes")
+
+
+if __name__ == "__main__":
+    run_script(main)

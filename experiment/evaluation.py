@@ -1,0 +1,132 @@
+"""All variants in one pass over the data: one row per image and variant."""
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchmetrics.functional.image import structural_similarity_index_measure
+from tqdm import tqdm
+
+from experiment.data import ImageFolder, to_float
+from experiment.distillation import psnr_db, quiet_when_stopped
+from experiment.runtime import Runtime, Stopper
+from models.classifier import FrozenClassifier
+from models.pipeline import Pipeline
+
+SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
+
+
+@dataclass
+class Evaluation:
+    """What one pass over the data found."""
+
+    rows: list[dict] = field(default_factory=list)  # one per image and variant, in the order of the data
+    seconds: dict[str, float] = field(default_factory=dict)  # model time per variant, synchronised, after a warm-up
+    timed: dict[str, int] = field(default_factory=dict)  # images in that time
+    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
+
+
+def make_pipelines(
+    classifier: FrozenClassifier, upscalers: dict[str, nn.Module], *, scale: float, interpolation: str, antialias: bool
+) -> list[Pipeline]:
+    """The rows of the results table in their order: Original, Small, Bilinear, Bicubic and one per upscaler."""
+    common = {"scale": scale, "interpolation": interpolation, "antialias": antialias}
+    return [
+        Pipeline("Original", classifier, rebuild=False, scale=None),
+        Pipeline("Small", classifier, rebuild=False, **common),
+        Pipeline("Bilinear", classifier, enlarge="bilinear", **common),
+        Pipeline("Bicubic", classifier, enlarge="bicubic", **common),
+        *(Pipeline(name, classifier, upscaler=upscaler, **common) for name, upscaler in upscalers.items()),
+    ]
+
+
+@torch.no_grad()
+def evaluate(
+    pipelines: list[Pipeline],
+    loader: DataLoader,
+    dataset: ImageFolder,
+    targets: list[int],
+    runtime: Runtime,
+    stopper: Stopper,
+    bar: tqdm,
+    result: Evaluation,
+    keep_rows: bool = True,
+) -> None:
+    """Adds the loader's images to `result`. The first of `pipelines` has to be Original: agreement is counted with it.
+
+    Returns early where a signal asked to stop.
+    """
+    classifier = pipelines[0].classifier
+    for batch in quiet_when_stopped(loader, stopper):
+        result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
+        if len(batch.images):
+            images = to_float(batch.images, runtime.device)
+            target = torch.tensor([targets[i] for i in batch.indices.tolist()], device=runtime.device)
+            original = None
+            for pipeline in pipelines:
+                with runtime.autocast():
+                    if pipeline.name not in result.seconds:  # the first call compiles and allocates: not timed
+                        pipeline(images)
+                    runtime.synchronize()
+                    started = time.perf_counter()
+                    small, rebuilt, logits = pipeline(images)
+                    runtime.synchronize()
+                seconds = time.perf_counter() - started
+                result.seconds[pipeline.name] = result.seconds.get(pipeline.name, 0.0) + seconds
+                result.timed[pipeline.name] = result.timed.get(pipeline.name, 0) + len(images)
+                original = logits if original is None else original
+                if keep_rows:
+                    scored = score(logits.float(), target, original, images, rebuilt)
+                    for index, values in zip(batch.indices.tolist(), scored, strict=True):
+                        result.rows.append(
+                            {
+                                "image": dataset.paths[index],
+                                "variant": pipeline.name,
+                                "class": classifier.class_names[targets[index]],
+                                "predicted": classifier.class_names[values.pop("prediction")],
+                                **values,
+                            }
+                        )
+        bar.update()
+        if stopper.requested:
+            return
+
+
+def joined(parts: list[Evaluation], order: list[str]) -> Evaluation:
+    """The evaluations of all processes as one: rows in the order of the paths in `order`, seconds of the slowest."""
+    whole = Evaluation()
+    for part in parts:
+        whole.rows += part.rows
+        whole.unreadable |= part.unreadable
+        for name, count in part.timed.items():
+            whole.timed[name] = whole.timed.get(name, 0) + count
+            whole.seconds[name] = max(whole.seconds.get(name, 0.0), part.seconds[name])
+    place = {path: i for i, path in enumerate(order)}
+    whole.rows.sort(key=lambda row: place[row["image"]])
+    return whole
+
+
+def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebuilt: Tensor) -> list[dict]:
+    """One dictionary per image; PSNR and SSIM are None where `rebuilt` is the original or of another size."""
+    probabilities = logits.softmax(1)
+    prediction = logits.argmax(1)
+    columns = {
+        "prediction": prediction,
+        "probability": probabilities.gather(1, prediction[:, None])[:, 0],
+        "correct": (prediction == target).int(),
+        "top5": (logits.topk(min(5, logits.shape[1])).indices == target[:, None]).any(1).int(),
+        "agreement": (prediction == original.argmax(1)).int(),
+        "cross_entropy": F.cross_entropy(logits, target, reduction="none"),
+    }
+    none = [None] * len(images)
+    lists = {name: values.tolist() for name, values in columns.items()} | {"psnr_db": none, "ssim": none}
+    if rebuilt is not images and rebuilt.shape == images.shape:
+        errors = (rebuilt - images).square().mean((1, 2, 3))
+        lists["psnr_db"] = [psnr_db(error) for error in errors.tolist()]
+        if min(images.shape[-2:]) >= SMALLEST_FOR_SSIM:
+            similarity = structural_similarity_index_measure(rebuilt, images, data_range=1.0, reduction="none")
+            lists["ssim"] = similarity.reshape(-1).tolist()
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

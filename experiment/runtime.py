@@ -1,0 +1,219 @@
+"""The machine: device, precision, processes, seeds, signals."""
+
+import contextlib
+import errno
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from models.errors import InputError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how precisely the networks compute, and which of torchrun's processes this is."""
+
+    device: torch.device
+    precision: str  # bf16, fp16 or float32
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place.
+
+        Raises:
+            ConnectionError: one of them is gone.
+        """
+        if self.processes > 1:
+            with lost_process():
+                dist.all_reduce(values)
+        return values
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """The sums of some numbers over all processes, in float64."""
+        if self.processes == 1:
+            return list(numbers)
+        return self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
+
+    def gather(self, value: object) -> list:
+        """The values of all processes, in the order of their ranks, on every one of them."""
+        if self.processes == 1:
+            return [value]
+        values = [None] * self.processes
+        with lost_process():
+            dist.all_gather_object(values, value)
+        return values
+
+    def part(self, items: list) -> list:
+        """This process's part of a list that every process holds: disjoint, complete, nothing padded."""
+        return items[self.rank :: self.processes]
+
+    def autocast(self) -> torch.autocast:
+        """Convolutions in `precision`; weights, losses and resizes stay float32."""
+        return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "float32")
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def describe(self) -> str:
+        if self.device.type == "cuda":
+            machine = f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        else:
+            machine = f"CPU with {torch.get_num_threads()} threads, {self.precision}"
+        return machine if self.processes == 1 else f"{self.processes} processes, each on {machine}"
+
+
+@contextlib.contextmanager
+def lost_process():
+    """Turns what torch raises when another process of the job is gone into an error that is one line."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        raise ConnectionError(errno.ECONNRESET, "another process of the job is gone", "torchrun") from None
+
+
+def launcher() -> str:
+    """A name for the process that started this one, unlike that of any other: torchrun's own, under torchrun."""
+    pid = os.getppid()
+    started = ""
+    with contextlib.suppress(OSError, IndexError):  # a number is given again one day, with another time of start
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {pid} {started}"
+
+
+def choose_runtime(precision: str) -> Runtime:
+    """The GPU where there is one, else the CPU; "auto" takes the fastest precision that the device has in hardware.
+
+    Under torchrun it joins the other processes, each on the GPU of its local rank.
+
+    Raises:
+        InputError: fp16 without a GPU.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if precision == "auto":
+        if device.type == "cuda":
+            precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+        else:
+            precision = "bf16" if cpu_has_bf16() else "float32"
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
+    if processes > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            join_processes("nccl" if device.type == "cuda" else "gloo")
+    return Runtime(device, precision, rank, processes)
+
+
+def join_processes(backend: str) -> None:
+    """Joins torchrun's processes, in each life of the job under keys of its own.
+
+    Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
+    """
+    with lost_process():
+        store, rank, processes = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
+            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 itself: where it does not, bf16 is emulated and slower than float32."""
+    with contextlib.suppress(OSError):
+        return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
+    return False
+
+
+def make_deterministic(seed: int) -> None:
+    """Seeds torch, and keeps float32 what it says on GPUs that would round it to tf32."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def compiled(function: Callable) -> Callable:
+    """torch.compile without mix-order reductions: beside concatenations they gave wrong gradients (pytorch 193061)."""
+    from torch._inductor import config  # a second's import, for those who compile
+
+    switch = "mix_order_reduction"
+    return torch.compile(function, options={f"triton.{switch}": False} if hasattr(config.triton, switch) else None)
+
+
+def new_run_folder(kind: str, suffix: str = "") -> Path:
+    """assets/logs/KIND_<date>-<time>, made now; a second run in the same second waits for the next."""
+    while True:
+        folder = Path("assets/logs") / f"{kind}_{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            time.sleep(0.2)
+
+
+def out_of_memory(runtime: Runtime, batch_size: int, key: str) -> InputError:
+    """The line for a GPU whose memory does not suffice."""
+    total = ""
+    if runtime.device.type == "cuda":
+        total = f" of {torch.cuda.get_device_properties(runtime.device).total_memory / 2**30:.0f} GiB"
+    return InputError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}")
+
+
+class Stopper:
+    """Notes Ctrl-C and SIGTERM instead of dying of them, so that the step in progress can end.
+
+    A second Ctrl-C interrupts at once. `code` is the exit code: 130 or 143.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.owner = os.getpid()
+
+    def __enter__(self) -> "Stopper":
+        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def note(self, number: int, frame) -> None:
+        if os.getpid() != self.owner:  # a worker that was just forked
+            return
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+
+    def stop_with_others(self) -> None:
+        """Another process was asked to stop."""
+        self.signal = self.signal or signal.SIGTERM
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    @property
+    def code(self) -> int:
+        return 128 + (self.signal or 0)

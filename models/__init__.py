@@ -1,0 +1,1 @@
+"""What turns pixels into scores: the resize, the generator, the frozen classifier and the pipeline of all three."""

@@ -1,0 +1,107 @@
+"""DarioNet: the RRDBNet that a parameters.json names, with or without its weights."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models.errors import InputError
+from models.rrdbnet import RRDBNet
+from models.weights import generator_size, load_generator, load_strictly
+
+
+def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
+    """The RRDBNet of a weights file; its size is read from the weights.
+
+    Raises:
+        InputError: no file, not weights, or not an RRDBNet x4.
+    """
+    weights = load_generator(path)
+    features, blocks, growth = generator_size(weights)
+    if not features or not blocks or not growth:
+        raise InputError(f"{path}: not an RRDBNet: it has {blocks} blocks of {features} features and {growth} growth")
+    network = RRDBNet(features, blocks, growth)
+    load_strictly(network, weights, path)
+    return prepare(network, device)
+
+
+def build_darionet(
+    features: int, blocks: int, growth: int, initial_weights: str | None, device: torch.device | str = "cpu"
+) -> RRDBNet:
+    """A DarioNet to be trained: of the size asked for, from the file `initial_weights`, or random where that is None.
+
+    Raises:
+        InputError: no file, not weights, or weights of another size.
+    """
+    network = RRDBNet(features, blocks, growth)
+    if initial_weights is not None:
+        if not Path(initial_weights).is_file():
+            raise InputError(
+                f"{initial_weights}: no such weights file (darionet.initial_weights); README.md says where to get "
+                "ESRGAN's, or how to train on pixels in their place; null starts from random weights"
+            )
+        weights = load_generator(initial_weights)
+        found = generator_size(weights)
+        if found != (features, blocks, growth):
+            raise InputError(
+                f"{initial_weights}: features, blocks, growth are {found} in the file "
+                f"and {(features, blocks, growth)} in the parameters (darionet)"
+            )
+        load_strictly(network, weights, initial_weights)
+    return prepare(network, device)
+
+
+def load_upscalers(
+    weights: str, initial_weights: str | None, device: torch.device | str = "cpu"
+) -> dict[str, nn.Module]:
+    """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and DarioNet.
+
+    Raises:
+        InputError: no DarioNet, or a file that is no RRDBNet x4.
+    """
+    if not Path(weights).is_file():
+        raise InputError(
+            f"{weights}: no such weights file; `python train_darionet.py` makes it, "
+            "`make demo` leaves its own in examples/shapes/output/DarioNet.pt (--weights FILE)"
+        )
+    upscalers = {}
+    if initial_weights is not None and Path(initial_weights).is_file():
+        upscalers[initial_name(initial_weights)] = load_rrdbnet(initial_weights, device)
+    upscalers["DarioNet"] = load_rrdbnet(weights, device)
+    return upscalers
+
+
+def initial_name(path: str) -> str:
+    """What tables call the initial weights: "Pixels" where this project trained them on pixels alone, else "ESRGAN"."""
+    loss = trained_for(path).get("loss")
+    if loss is None:
+        return "ESRGAN"
+    return "Pixels" if not loss["logits"] and not loss["features"] else "Initial"
+
+
+def trained_for(path: str) -> dict:
+    """What train_darionet.py noted in a JSON file beside its weights; nothing for weights from elsewhere.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    beside = Path(path).with_suffix(".json")
+    if not beside.is_file():
+        return {}
+    try:
+        return dict(json.loads(beside.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise InputError(f"{beside}: not what train_darionet.py writes beside its weights; remove it") from None
+
+
+def other_input(path: str, scale: float, interpolation: str, antialias: bool) -> str | None:
+    """A line that says how this input differs from what the weights were trained for; None where it does not."""
+    note, now = trained_for(path), {"scale": scale, "interpolation": interpolation, "antialias": antialias}
+    different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if note.get(key, value) != value]
+    return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
+
+
+def prepare(network: RRDBNet, device: torch.device | str) -> RRDBNet:
+    """On `device`, in channels_last: the memory order in which convolutions in half precision run fastest."""
+    return network.to(device=device, memory_format=torch.channels_last)

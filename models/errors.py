@@ -1,0 +1,5 @@
+"""The one exception that every package raises for bad input; it stands alone so that samplers need no torch."""
+
+
+class InputError(Exception):
+    """Something that the user can mend: a script prints the message as one line and exits with 2."""

@@ -1,0 +1,57 @@
+"""Scaler: the one resize of the project, used to make images small and to bring them back to size."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+INTERPOLATIONS = {
+    "bilinear": InterpolationMode.BILINEAR,
+    "bicubic": InterpolationMode.BICUBIC,
+    "nearest": InterpolationMode.NEAREST_EXACT,
+}
+
+
+class Scaler(nn.Module):
+    """Resizes a batch of images.
+
+    Args:
+        size: an int is the length of the shorter side in pixels (the other side keeps the aspect ratio), a pair is
+            (height, width) exactly.
+        interpolation: "bilinear", "bicubic" or "nearest".
+        antialias: low-pass filter before reducing. False is what the published figures used.
+
+    Raises:
+        ValueError: a size under 1 pixel, or an unknown interpolation.
+    """
+
+    def __init__(self, size: int | tuple[int, int], interpolation: str = "bilinear", antialias: bool = False):
+        super().__init__()
+        sides = [size] if isinstance(size, int) else list(size)
+        if len(sides) > 2 or min(sides) < 1:
+            raise ValueError(f"size must be one or two lengths of at least 1 pixel, found {size}")
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}, found {interpolation!r}")
+        self.sides = sides
+        self.interpolation = interpolation
+        self.antialias = antialias
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N,3,H,W) float in [0,1] -> (N,3,h,w) float32. Bicubic can overshoot the range a little; Pipeline clamps.
+
+        Float32 whatever autocast says: half precision moves the sampling points, and has no antialiased CPU kernel.
+        Float64 stays what it is.
+        """
+        images = images if images.dtype == torch.float64 else images.float()
+        with torch.autocast(images.device.type, enabled=False):
+            return resize(images, self.sides, INTERPOLATIONS[self.interpolation], antialias=self.antialias)
+
+
+def reduced_length(length: int, scale: float) -> int:
+    """Length in pixels of a side after reducing by `scale`: floor(256 x 0.32) = 81, at least 1.
+
+    The small addend keeps products such as 100 x 0.29 = 28.999... on the integer that they mean.
+    """
+    return max(1, math.floor(length * scale + 1e-6))

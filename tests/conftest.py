@@ -1,0 +1,120 @@
+"""What the tests share: drawn images, a small experiment, and a way to start a script as a user would."""
+
+import importlib.util
+import json
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import get_model
+
+from experiment.parameters import run_script
+from models.classifier import save_classifier
+from models.rrdbnet import RRDBNet
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ["checks", "discs", "stripes"]
+Result = namedtuple("Result", "code out err")
+
+
+def draw(kind: str, seed: int, side: int = 40) -> Image.Image:
+    """A small coloured picture of one of CLASSES."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:side, :side] + rng.uniform(0, 9)
+    mask = {
+        "checks": (x // 6 + y // 6) % 2,
+        "discs": ((x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 16) * 1.0,
+        "stripes": y // 5 % 2,
+    }[kind]
+    colours = rng.integers(0, 256, (2, 3))
+    return Image.fromarray((mask[..., None] * colours[0] + (1 - mask[..., None]) * colours[1]).astype(np.uint8))
+
+
+def draw_folder(folder: Path, per_class: int, classes: list[str] = CLASSES) -> Path:
+    for c, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(per_class):
+            draw(name, 1000 * c + i).save(folder / name / f"{i}.png")
+    return folder
+
+
+def load_script(name: str):
+    """A top-level script as a module (`test` is also the name of a standard package)."""
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def start(monkeypatch, capfd):
+    """Calls start("train_darionet", "--set", ...) -> Result(code, out, err), in this process to save the imports."""
+
+    def call(script: str, *arguments) -> Result:
+        module = load_script(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(module.main)
+        return Result(stop.value.code, *capfd.readouterr())
+
+    return call
+
+
+def write_parameters(path: Path, **sections) -> Path:
+    """The parameters of a small experiment in the working directory, with `sections` on top."""
+    values = {
+        "transformations": {"resize_size": 36, "train_crop_size": 32, "val_crop_size": 32},
+        "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3},
+        "test": {"batch_size": 4},
+        "data": {
+            "train_original": "train_original",
+            "train": "train",
+            "val_original": "val_original",
+            "val": "val",
+            "test": "test",
+            "train_fraction": 0.5,
+            "workers": 0,
+        },
+        "classifier": {"architecture": "resnet18", "weights": "classifier.pt"},
+        "darionet": {"features": 8, "blocks": 1, "growth": 4, "initial_weights": None, "weights": "DarioNet.pt"},
+    }
+    for section, changes in sections.items():
+        values[section] = values[section] | changes
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch) -> Path:
+    """A working directory with drawn images in class folders, a small classifier and parameters.json."""
+    monkeypatch.chdir(tmp_path)
+    draw_folder(tmp_path / "train", 4)
+    draw_folder(tmp_path / "val", 2)
+    draw_folder(tmp_path / "test", 3)
+    torch.manual_seed(0)
+    network = get_model("resnet18", weights=None, num_classes=len(CLASSES))
+    save_classifier(network.state_dict(), CLASSES, tmp_path / "classifier.pt")
+    write_parameters(tmp_path / "parameters.json")
+    return tmp_path
+
+
+@pytest.fixture
+def trained(experiment) -> Path:
+    """The same with (random) weights of a DarioNet."""
+    torch.manual_seed(1)
+    torch.save(RRDBNet(8, 1, 4).state_dict(), experiment / "DarioNet.pt")
+    return experiment
+
+
+def one_line(result: Result, *parts: str) -> None:
+    """Asserts that a script refused with exit code 2 and one line on stderr that holds `parts`."""
+    assert result.code == 2, result
+    lines = result.err.strip().splitlines()
+    assert len(lines) == 1, result.err
+    for part in parts:
+        assert part in lines[0]

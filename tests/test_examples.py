@@ -1,0 +1,191 @@
+"""The examples' own scripts; train_classifier.py is tested with the other scripts."""
+
+import io
+import json
+import tarfile
+import zipfile
+
+import pytest
+import torch
+from conftest import ROOT, draw
+from PIL import Image
+
+from models.classifier import imagenet_labels
+from models.errors import InputError
+
+WNIDS = ["n00000001", "n00000002", "n00000003"]
+
+
+def photograph() -> bytes:
+    file = io.BytesIO()
+    draw("discs", 1, 64).save(file, "JPEG")
+    return file.getvalue()
+
+
+def official_layout() -> dict[str, bytes]:
+    """Tiny ImageNet in small: 3 classes of 20 training and 4 validation photographs."""
+    files = {"tiny/wnids.txt": "\n".join(WNIDS).encode(), "tiny/words.txt": b""}
+    annotations = []
+    for c, wnid in enumerate(WNIDS):
+        files |= {f"tiny/train/{wnid}/images/{wnid}_{i}.JPEG": photograph() for i in range(20)}
+        for i in range(4):
+            files[f"tiny/val/images/val_{4 * c + i}.JPEG"] = photograph()
+            annotations.append(f"val_{4 * c + i}.JPEG\t{wnid}\t0\t0\t63\t63")
+    return files | {"tiny/val/val_annotations.txt": "\n".join(annotations).encode()}
+
+
+def pack(path, files: dict[str, bytes]):
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, contents in files.items():
+                archive.writestr(name, contents)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name, contents in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(contents)
+                archive.addfile(info, io.BytesIO(contents))
+    return path
+
+
+def prepare(monkeypatch, *arguments) -> None:
+    from examples.tiny_imagenet.prepare import main
+
+    monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, arguments)])
+    main()
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
+def test_tiny_imagenet_is_arranged(tmp_path, monkeypatch, name):
+    archive = pack(tmp_path / name, official_layout())
+    prepare(monkeypatch, archive, "--folder", tmp_path / "data", "--classes", *WNIDS[:2], "--held-out", "0.1")
+    train, val = tmp_path / "data" / "train_original", tmp_path / "data" / "val_original"
+    for folder, count in ((train, 18), (val, 2 + 4)):
+        assert sorted(p.name for p in folder.iterdir()) == WNIDS[:2]
+        assert [len(list((folder / wnid).iterdir())) for wnid in WNIDS[:2]] == [count, count]
+    assert not {p.name for p in train.rglob("*.JPEG")} & {p.name for p in val.rglob("*.JPEG")}
+
+
+def test_an_archive_cannot_write_outside_the_folder(tmp_path, monkeypatch):
+    evil = {
+        "../../escape/train/n00000001/images/../../n00000001_0.JPEG": b"x",
+        "/tmp-escape/val/images/val_0.JPEG": photograph(),
+        f"tiny/train/{WNIDS[0]}/images/../../../../evil.JPEG": b"x",
+    }
+    archive = pack(tmp_path / "evil.tar.gz", official_layout() | evil)
+    link = tarfile.TarInfo(f"tiny/train/{WNIDS[0]}/images/{WNIDS[0]}_99.JPEG")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+    with tarfile.open(tmp_path / "links.tar", "w") as made:
+        made.addfile(link)
+        for name, contents in official_layout().items():
+            info = tarfile.TarInfo(name)
+            info.size = len(contents)
+            made.addfile(info, io.BytesIO(contents))
+    (tmp_path / "box").mkdir()
+    before = {p for p in tmp_path.rglob("*") if "box" not in p.parts}
+    for name in (archive, tmp_path / "links.tar"):
+        prepare(monkeypatch, name, "--folder", tmp_path / "box" / "data", "--all")
+    assert {p for p in tmp_path.rglob("*") if "box" not in p.parts} == before
+    assert not any(p.is_symlink() for p in tmp_path.rglob("*"))
+
+
+def test_archives_that_do_not_fit(tmp_path, monkeypatch):
+    (tmp_path / "text.zip").write_text("no archive")
+    cut = pack(tmp_path / "cut.tar.gz", official_layout())
+    cut.write_bytes(cut.read_bytes()[:3000])
+    huge = pack(tmp_path / "huge.zip", official_layout() | {"tiny/val/images/val_1.JPEG": bytes(2**23)})
+    for path, message in (
+        (tmp_path / "absent.zip", "no such archive"),
+        (tmp_path / "text.zip", "not a readable zip or tar"),
+        (cut, "not a readable zip or tar"),
+        (huge, "not Tiny ImageNet's archive"),
+        (pack(tmp_path / "a.zip", official_layout()), "no training photographs of n01443537"),
+    ):
+        with pytest.raises(InputError, match=message):
+            prepare(monkeypatch, path, "--folder", tmp_path / "data")
+
+
+def test_drawn_pictures(tmp_path, monkeypatch):
+    """The same seed draws the same pictures, in ImageNet's layout."""
+    from examples.shapes import draw as script
+
+    for folder in ("a", "b"):
+        arguments = ["draw.py", "--train", "16", "--val", "8", "--folder", str(tmp_path / folder)]
+        monkeypatch.setattr("sys.argv", arguments)
+        script.main()
+    first, second = (sorted((tmp_path / name).rglob("*.png")) for name in "ab")
+    assert len(first) == 24 and {p.parent.name for p in first} == set(script.MOTIFS)
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    assert len({p.read_bytes() for p in first}) == 24
+    with Image.open(first[0]) as image:
+        assert image.size == (64, 64) and image.mode == "RGB"
+
+
+def imagenette_archive(path, monkeypatch):
+    """A stand-in for Imagenette's archive: the same layout, and its own hash in torchvision's table."""
+    import hashlib
+
+    from torchvision.datasets import Imagenette
+
+    files = {}
+    for wnid in Imagenette._WNID_TO_CLASS:
+        for split, count in (("train", 3), ("val", 2)):
+            for i in range(count):
+                files[f"imagenette2/{split}/{wnid}/{wnid}_{i}.JPEG"] = photograph()
+    pack(path, files)
+    digest = hashlib.md5(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(Imagenette, "_ARCHIVES", {"full": (path.as_uri(), digest)})
+    return path
+
+
+def prepare_imagenette(monkeypatch, *arguments) -> None:
+    from examples.imagenette.prepare import main
+
+    monkeypatch.setattr("sys.argv", ["prepare.py", *map(str, arguments)])
+    main()
+
+
+def test_imagenette_is_arranged_for_the_samplers(tmp_path, monkeypatch, start):
+    archive = imagenette_archive(tmp_path / "imagenette2.tgz", monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    prepare_imagenette(monkeypatch, "--folder", tmp_path / "examples/imagenette/data", "--archive", archive)
+    prepare_imagenette(monkeypatch, "--folder", tmp_path / "examples/imagenette/data")  # again: nothing to do
+    parameters = ROOT / "examples/imagenette/parameters.json"
+    assert start("img_sampler_train", "--parameters", parameters).code == 0
+    assert start("img_sampler_val", "--parameters", parameters).code == 0
+    counts = {"train": 30, "val": 10, "test": 10}
+    for part, count in counts.items():
+        folder = tmp_path / "examples/imagenette/data" / part
+        found = list(folder.rglob("*.JPEG"))
+        assert len(found) == count and {p.parent.name for p in found} <= set(imagenet_labels())
+
+
+def test_imagenette_without_network_or_with_a_wrong_archive(tmp_path, monkeypatch):
+    from torchvision.datasets import Imagenette
+
+    monkeypatch.setattr(Imagenette, "_ARCHIVES", {"full": ((tmp_path / "absent.tgz").as_uri(), "0" * 32)})
+    with pytest.raises(InputError, match="--archive"):
+        prepare_imagenette(monkeypatch, "--folder", tmp_path / "data")
+    with pytest.raises(InputError, match=r"other\.tgz: no such archive"):
+        prepare_imagenette(monkeypatch, "--folder", tmp_path / "data", "--archive", tmp_path / "other.tgz")
+    wrong = pack(tmp_path / "imagenette2.tgz", {"imagenette2/readme": b""})
+    with pytest.raises(InputError, match="can't be downloaded or unpacked"):
+        prepare_imagenette(monkeypatch, "--folder", tmp_path / "data", "--archive", wrong)
+
+
+def test_degradations(trained, monkeypatch, capsys):
+    """The plain row is what test.py finds; every other way makes other small images."""
+    from examples import degradation
+    from experiment.parameters import run_script
+
+    monkeypatch.setattr("sys.argv", ["degradation.py", "--weights", "DarioNet.pt"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(degradation.main)
+    assert stop.value.code == 0
+    results = json.loads((trained / capsys.readouterr().out.split()[-1] / "results.json").read_text())
+    assert results["n"] == 9 and list(results["accuracy"]) == list(degradation.DEGRADATIONS)
+    images = torch.rand(2, 3, 16, 16)
+    stored = degradation.through_jpeg(images, 75)
+    assert stored.shape == images.shape and 0 < (stored - images).abs().mean() < 0.3
+    flat = torch.full((1, 3, 16, 16), 0.5)
+    assert (degradation.through_jpeg(flat, 75) - flat).abs().max() < 0.01

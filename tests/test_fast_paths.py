@@ -1,0 +1,227 @@
+"""What is fast against what is plain (benchmarks/correctness.py has the checks), and PyTorch's known bugs."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from benchmarks.correctness import (
+    BOUNDS,
+    LOWER_PRECISION,
+    STEP_BOUND,
+    Operators,
+    classifier_errors,
+    drawn_images,
+    error,
+    frozen,
+    generator_errors,
+    random_classifier,
+    random_network,
+    step_errors,
+)
+from benchmarks.throughput import saved_bytes
+from experiment.distillation import distillation_loss
+from experiment.runtime import cpu_has_bf16
+from models.fast import FusedConvolution, has_fused
+from models.pipeline import Pipeline
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a bug of kernels for GPUs")
+needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="bf16 is emulated here, the plain path runs")
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory) -> Pipeline:
+    classifier = frozen(random_classifier("resnet18", 20), "resnet18", tmp_path_factory.mktemp("classifier"))
+    network = random_network(8, 1, 4).to(memory_format=torch.channels_last)
+    return Pipeline("DarioNet", classifier.to(memory_format=torch.channels_last), upscaler=network)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return drawn_images(2, 48, 3).contiguous(memory_format=torch.channels_last)
+
+
+# The generator
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("size", "dtype"), [((16, 2, 8), torch.float64), ((64, 1, 32), torch.float32)])
+def test_generator_and_all_its_gradients(size, dtype, recompute):
+    assert max(generator_errors(size, dtype, recompute=recompute)) < BOUNDS[dtype]
+
+
+def test_a_float32_residual_under_autocast_takes_the_definition():
+    block = random_network(8, 1, 4).RRDB_trunk[0].RDB1
+    x = torch.rand(1, 8, 5, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block(x).equal(block.plain(x)) and block(x).dtype == torch.float32
+
+
+def test_second_derivatives_are_refused_not_wrong():
+    block = random_network(8, 1, 4).RRDB_trunk[0].RDB1
+    x = torch.rand(1, 8, 5, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(block(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+        gradient.sum().backward()
+
+
+def test_recompute_gives_the_same_gradients_from_less_memory():
+    network = random_network(16, 3, 8)
+    small = torch.rand(1, 3, 16, 16)
+    gradients, kept = [], []
+    for network.recompute in (False, True):
+        network.zero_grad()
+        kept.append(saved_bytes(lambda: network(small).square().mean().backward()))
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(a.equal(b) for a, b in zip(*gradients, strict=True))
+    assert kept[1] < 0.75 * kept[0]
+
+
+def test_a_dense_block_keeps_what_it_produces_and_no_concatenation():
+    features, growth, pixels = 16, 8, 24 * 24
+    block = random_network(features, 1, growth).RRDB_trunk[0].RDB1
+    x = torch.rand(1, features, 24, 24, requires_grad=True)
+    kept = saved_bytes(lambda: block(x).sum().backward())
+    plain = saved_bytes(lambda: block.plain(x).sum().backward())
+    last = 4 * block.conv5.weight.numel()  # kept as it was used: scaled
+    assert kept == 4 * pixels * (features + 4 * growth) + last
+    assert plain > 2.5 * kept
+
+
+# The classifier
+
+
+@pytest.mark.parametrize("architecture", ["resnet50", "squeezenet1_1", "densenet121", "mobilenet_v3_small"])
+def test_folded_classifier_and_the_gradient_of_its_images(architecture):
+    assert max(classifier_errors(architecture, torch.float64)) < BOUNDS[torch.float64]
+    assert max(classifier_errors(architecture, torch.float32)) < BOUNDS[torch.float32]
+
+
+def test_resnet_has_no_batchnorm_left_and_every_convolution_its_activation(pipeline):
+    classifier = copy.deepcopy(pipeline.classifier)
+    classifier.fold(torch.float32)
+    folded = classifier.folded[torch.float32]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    if has_fused("cpu", torch.float32):
+        assert sum(isinstance(module, FusedConvolution) for module in folded.modules()) == 20
+        assert not any(node.op == "call_function" and "add" in str(node.target) for node in folded.graph.nodes)
+
+
+def test_the_folded_copy_is_no_part_of_the_classifier(pipeline, images):
+    classifier = copy.deepcopy(pipeline.classifier)
+    before = {key: value.clone() for key, value in classifier.state_dict().items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        low = classifier(images).float()
+        logits, features = classifier.logits_and_features(images)
+    assert classifier.folded[torch.bfloat16] is not None
+    assert logits.float().equal(low)
+    head = classifier.folded[torch.bfloat16].get_submodule("fc")
+    assert error(F.linear(features.float(), head.weight.float(), head.bias.float()), low) < 0.01
+    assert error(low, classifier(images)) < 0.03
+    assert classifier.state_dict().keys() == before.keys()
+    assert all(value.equal(before[key]) for key, value in classifier.state_dict().items())
+    assert not classifier.double().folded and classifier(images.double()).dtype == torch.float64
+
+
+def test_float32_takes_the_network_itself(pipeline, images):
+    network, classifier = pipeline.classifier.network, pipeline.classifier
+    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
+
+
+def test_what_fx_cannot_follow_stays_plain(pipeline, images):
+    class Branching(nn.Module):
+        def __init__(self, network):
+            super().__init__()
+            self.network = network
+
+        def forward(self, x):
+            return self.network(x) if x.sum() > 0 else self.network(-x)
+
+    classifier = copy.deepcopy(pipeline.classifier)
+    classifier.network = Branching(classifier.network)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert classifier.network_in_use() is classifier.network
+        assert classifier(images).shape == (2, 20)
+
+
+# The step
+
+
+def test_step_in_float32(pipeline, images):
+    assert max(step_errors(pipeline, images)[0]) < STEP_BOUND
+
+
+@needs_bf16
+def test_step_in_bf16_is_no_further_from_float32_than_the_plain_one(pipeline, images):
+    ours, plain = step_errors(pipeline, images, torch.bfloat16)
+    assert ours[1] < LOWER_PRECISION * plain[1]
+
+
+def test_compiled_step_is_the_eager_one(pipeline, images):
+    """The graph that torch.compile gets, run without its code generator: what it captures has to be complete."""
+    loss = partial(distillation_loss, logits=1, pixels=1, features=0)
+    parameters = list(pipeline.upscaler.parameters())
+    expected = torch.autograd.grad(loss(pipeline, images).total, parameters)
+    whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(whole(pipeline, images).total, parameters)
+    found, expected = (torch.cat([g.flatten() for g in gradients]) for gradients in (found, expected))
+    assert error(found, expected) < STEP_BOUND
+
+
+# Known bugs of PyTorch. The first two are of kernels for GPUs, and `compiled` turns off what they come from.
+
+
+@needs_gpu
+def test_bias_gradients_of_convolutions_in_bf16():
+    """pytorch 190796: wrong beside a sum over the same gradient, in torch.compile's code for bf16."""
+    from experiment.runtime import compiled
+
+    torch.manual_seed(0)
+    conv, linear = nn.Conv2d(64, 64, 3, padding=1).cuda(), nn.Linear(32, 64).cuda()
+    x, time = torch.randn(16, 64, 32, 32, device="cuda"), torch.randn(16, 32, device="cuda")
+
+    def loss(x, time):
+        return (conv(x) + linear(F.silu(time))[:, :, None, None]).square().mean()
+
+    parameters = [*conv.parameters(), *linear.parameters()]
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = torch.autograd.grad(loss(x, time), parameters)
+        found = torch.autograd.grad(compiled(loss)(x, time), parameters)
+    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < 0.02
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_beside_concatenations(dtype):
+    """pytorch 193061: mix-order reductions fused with a concatenation; both definitions of the dense block."""
+    from experiment.runtime import compiled
+
+    block = random_network(64, 1, 32).RRDB_trunk[0].RDB1.cuda().to(memory_format=torch.channels_last)
+    x = torch.rand(4, 64, 81, 81, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
+    parameters = list(block.parameters())
+    for function in (block.forward, block.plain):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            expected = torch.autograd.grad(function(x).float().square().mean(), parameters)
+            found = torch.autograd.grad(compiled(function)(x).float().square().mean(), parameters)
+        bound = 1e-3 if dtype == torch.float32 else 0.02
+        assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < bound
+
+
+def test_generator_makes_no_strided_view_of_channels_last(pipeline, images):
+    """pytorch 174963: as_strided of a channels_last tensor is wrong under torch.compile; nothing here calls it."""
+    with Operators() as seen:
+        torch.autograd.grad(pipeline.upscaler(images).sum(), list(pipeline.upscaler.parameters()))
+    assert "aten::convolution_backward" in seen.names
+    assert not [name for name in seen.names if "as_strided" in name]
+
+
+@needs_gpu
+def test_compiled_channels_last_is_eager_channels_last(pipeline, images):
+    from experiment.runtime import compiled
+
+    network = copy.deepcopy(pipeline.upscaler).cuda()
+    x = images.cuda()
+    assert error(compiled(network)(x), network(x)) < 1e-3

@@ -1,0 +1,92 @@
+"""A pickle that would run code, given to everything that loads weights or checkpoints: it never runs."""
+
+import hashlib
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import draw, one_line
+
+from experiment.checkpoint import FILE, MARK, PREVIOUS, is_whole
+
+
+class RunsMkdir:
+    def __reduce__(self):
+        return Path.mkdir, (Path("canary").absolute(),)
+
+
+class RunsExec:
+    def __reduce__(self):
+        return exec, ("import os; os.mkdir('canary')",)
+
+
+class RunsInState:
+    """Harmless to build, not to fill."""
+
+    def __reduce__(self):
+        return dict, (), None, None, iter([("a", RunsMkdir())])
+
+
+def saved(contents: object, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(contents, file, **options)
+    return file.getvalue()
+
+
+def files() -> list[bytes]:
+    """Each payload in each of the forms that torch.load knows, where a state dict would hold a tensor."""
+    found = []
+    for payload in (RunsMkdir(), RunsExec(), RunsInState()):
+        state = {"conv_first.weight": payload, "network": payload, "version": 1}
+        found += [saved(state), saved(payload), saved(state, _use_new_zipfile_serialization=False)]
+        found += [pickle.dumps(state, protocol) for protocol in (2, 4)]
+    return found
+
+
+def test_the_payloads_are_armed(tmp_path, monkeypatch):
+    """They do run where code is allowed to: otherwise the canary would prove nothing."""
+    monkeypatch.chdir(tmp_path)
+    for contents in files():
+        if contents.startswith(b"\x80") and b"torch" not in contents[:200]:
+            pickle.loads(contents)
+        else:
+            torch.load(io.BytesIO(contents), weights_only=False)
+        Path("canary").rmdir()
+
+
+PLACES = {
+    "initial_weights": ("train_darionet", "--set", "darionet.initial_weights=bad.pt"),
+    "classifier.weights": ("train_darionet", "--set", "classifier.weights=bad.pt"),
+    "darionet.weights of test.py": ("test", "--set", "darionet.weights=bad.pt"),
+    "--weights of test.py": ("test", "--weights", "bad.pt"),
+    "initial_weights of test.py": ("test", "--set", "darionet.initial_weights=bad.pt"),
+    "classifier.weights of test.py": ("test", "--set", "classifier.weights=bad.pt"),
+    "darionet.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.weights=bad.pt"),
+    "--weights of try_darionet.py": ("try_darionet", "a.png", "--weights", "bad.pt"),
+    "initial_weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.initial_weights=bad.pt"),
+    "classifier.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "classifier.weights=bad.pt"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_weights(start, trained, place):
+    draw("discs", 1).save("a.png")
+    for contents in files():
+        Path("bad.pt").write_bytes(contents)
+        one_line(start(*PLACES[place]), "bad.pt", "not a")
+        assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("form", ["named", "newest", "previous"])
+def test_checkpoints(start, experiment, form):
+    """With the right checksum: whoever writes the payload can write that too."""
+    folder = Path("assets/logs/train_20260101-000000")
+    folder.mkdir(parents=True)
+    path = folder / (PREVIOUS if form == "previous" else FILE)
+    for contents in files():
+        path.write_bytes(contents + MARK + hashlib.sha256(contents).hexdigest().encode())
+        assert is_whole(path)
+        one_line(start("train_darionet", "--resume", *([str(folder)] if form == "named" else [])), path.name, "not a")
+        assert not Path("canary").exists()

@@ -1,0 +1,382 @@
+"""Every script from end to end, as a user starts it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, ROOT, draw, draw_folder, load_script, one_line, write_parameters
+from PIL import Image
+from torchvision.models import get_model
+
+from models.classifier import save_classifier
+from models.rrdbnet import RRDBNet
+
+
+def last_line(result) -> Path:
+    return Path(result.out.strip().splitlines()[-1])
+
+
+def read_csv(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def same_state(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in CLOCKS)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+CLOCKS = ("seconds", "images_per_second")
+
+
+def test_training_writes_everything(start, experiment):
+    result = start("train_darionet")
+    assert result.code == 0, result.err
+    folder = last_line(result)
+    assert folder.parts[:2] == ("assets", "logs") and folder.name.startswith("train_")
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    samples = {"samples/epoch_01.png", "samples/epoch_02.png"}
+    checkpoints = {"checkpoint.pt", "checkpoint_previous.pt"}
+    assert names == {"parameters.json", "history.csv", "best.pt", "curves.png"} | checkpoints | samples
+    history = read_csv(folder / "history.csv")
+    assert [row["epoch"] for row in history] == ["1", "2"]
+    best = min(float(row["val_loss"]) for row in history)
+    assert checkpoint(folder)["best"] == best
+    weights = torch.load("DarioNet.pt", weights_only=True)
+    RRDBNet(8, 1, 4).load_state_dict(weights)
+    assert same_state(weights, torch.load(folder / "best.pt", weights_only=True))
+    assert json.loads(Path("DarioNet.json").read_text())["scale"] == 0.32
+    assert "12 in train" in result.out and "6 in val" in result.out and "random weights" in result.out
+    resolved = json.loads((folder / "parameters.json").read_text())
+    assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
+
+
+def stop_after(monkeypatch, steps: int, number: int) -> None:
+    """Sends this process a signal in the middle of the step after `steps`."""
+    from experiment import distillation
+
+    calls, to_float = [], distillation.to_float
+
+    def counting(images, device):
+        calls.append(1)
+        if len(calls) == steps + 1:
+            os.kill(os.getpid(), number)
+        return to_float(images, device)
+
+    monkeypatch.setattr(distillation, "to_float", counting)
+
+
+@pytest.mark.parametrize(
+    ("steps", "number", "code", "workers"),
+    [(0, signal.SIGINT, 130, 0), (2, signal.SIGTERM, 143, 1), (4, signal.SIGTERM, 143, 0), (6, signal.SIGINT, 130, 0)],
+    ids=["first step", "mid-epoch", "validation", "last epoch"],
+)
+def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, steps, number, code, workers):
+    whole = last_line(start("train_darionet"))  # 2 epochs of 3 steps, 2 batches of validation each
+    with monkeypatch.context() as patch:
+        stop_after(patch, steps, number)
+        stopped = start("train_darionet", "--set", f"data.workers={workers}")
+    assert stopped.code == code, stopped.err
+    folder = last_line(stopped)
+    assert f"python train_darionet.py --resume {folder}" in stopped.out
+    resumed = start("train_darionet", "--resume", folder)
+    assert resumed.code == 0, resumed.err
+    assert last_line(resumed) == folder
+    assert same_state(checkpoint(folder), checkpoint(whole) | {"parameters": checkpoint(folder)["parameters"]})
+
+
+def test_resuming_with_other_parameters_is_refused_by_name(start, experiment):
+    start("train_darionet", "--set", "training.epochs=1")
+    folder = sorted(Path("assets/logs").iterdir())[-1]
+    result = start("train_darionet", "--resume", "--set", "training.learning_rate=0.01")
+    one_line(result, "training.learning_rate 0.001, now it is 0.01")
+    one_line(start("train_darionet", "--resume", "nowhere"), "nowhere: no checkpoint.pt")
+    for name in ("checkpoint.pt", "checkpoint_previous.pt"):
+        (folder / name).write_bytes(b"damaged")
+    one_line(start("train_darionet", "--resume"), "checkpoint.pt", "not a whole checkpoint")
+
+
+def test_pixels_then_logits_then_test(start, experiment):
+    """The pre-training on pixels that stands in for ESRGAN's weights, and its name in the table."""
+    pixels = ["--set", 'training.loss={"logits":0,"pixels":1}', "--set", "darionet.weights=Pixels.pt"]
+    assert start("train_darionet", *pixels, "--set", "training.epochs=1").code == 0
+    initial = ["--set", "darionet.initial_weights=Pixels.pt"]
+    assert start("train_darionet", *initial, "--set", "training.epochs=1").code == 0
+    result = start("test", *initial)
+    assert result.code == 0, result.err
+    folder = last_line(result)
+    results = json.loads((folder / "results.json").read_text())
+    order = ["Original", "Small", "Bilinear", "Bicubic", "Pixels", "DarioNet"]
+    assert [variant["name"] for variant in results["variants"]] == order
+    keys = {
+        *("name", "n", "cross_entropy", "psnr_db", "ssim", "accuracy", "accuracy_low", "accuracy_high", "top5"),
+        *("agreement", "recovered", "recovered_low", "recovered_high", "seconds", "images_per_second"),
+    }
+    assert all(set(variant) == keys and variant["n"] == 9 for variant in results["variants"])
+    assert results["variants"][0]["psnr_db"] is None and results["variants"][1]["psnr_db"] is None
+    assert results["variants"][0]["agreement"] == 1
+    once = {"device", "precision", "torch", "scale", "interpolation", "antialias", "classifier", "seed", "unreadable"}
+    assert set(results) == once | {"variants", "mcnemar", "training_run"} and results["precision"] == "float32"
+    rows = read_csv(folder / "predictions.csv")
+    assert len(rows) == 9 * 6 and {row["class"] for row in rows} == set(CLASSES)
+    accuracy = sum(int(row["correct"]) for row in rows if row["variant"] == "DarioNet") / 9
+    assert results["variants"][-1]["accuracy"] == pytest.approx(accuracy)
+    for row in rows:
+        assert (row["class"] == row["predicted"]) == (row["correct"] == "1")
+    assert len(read_csv(folder / "classes.csv")) == 3 * 6
+    figures = ["table", "triptychs", "pipeline", "f1_difference", "f1_density", "classes", "decisions"]
+    for name in (f"{figure}.png" for figure in figures):
+        with Image.open(folder / name) as image:
+            assert image.width > 300
+    assert (folder / "results.md").read_text().splitlines()[0] in result.out
+    assert [test["second"] for test in results["mcnemar"]] == ["Bilinear", "Pixels"]
+    assert (folder / "report.pdf").read_bytes().startswith(b"%PDF")
+    assert Path(results["training_run"], "curves.png").is_file()
+
+    for path in [*folder.glob("*.png"), folder / "report.pdf"]:
+        if path.stem not in ("triptychs", "worst", "pipeline"):
+            path.unlink()
+    assert start("test", "--redraw", folder).code == 0
+    assert all((folder / f"{figure}.png").is_file() for figure in figures) and (folder / "report.pdf").is_file()
+    one_line(start("test", "--redraw", "nowhere"), "nowhere: not the folder of a finished evaluation")
+
+
+def test_a_subset_of_the_classes_scores_the_same(start, trained):
+    whole = read_csv(last_line(start("test")) / "predictions.csv")
+    draw_folder(trained / "part", 3, [CLASSES[2]])
+    for path in (trained / "part" / CLASSES[2]).iterdir():
+        path.write_bytes((trained / "test" / CLASSES[2] / path.name).read_bytes())
+    part = read_csv(last_line(start("test", "--set", "data.test=part")) / "predictions.csv")
+
+    def key(row):
+        return row["image"], row["variant"]
+
+    expected = {key(r): r for r in whole if r["class"] == CLASSES[2]}
+    assert {key(r) for r in part} == set(expected)
+    for row in part:
+        assert row["predicted"] == expected[key(row)]["predicted"]
+        assert float(row["cross_entropy"]) == pytest.approx(float(expected[key(row)]["cross_entropy"]), abs=1e-4)
+
+
+def test_limited_batches_and_epochs_of_the_test(start, trained):
+    limited = ["--set", "test.batches_per_epoch=1"]
+    rows = read_csv(last_line(start("test", *limited)) / "predictions.csv")
+    assert len({row["image"] for row in rows}) == 4
+    rows = read_csv(last_line(start("test", *limited, "--set", "test.epochs=2")) / "predictions.csv")
+    assert len({row["image"] for row in rows}) == 8
+    twice = json.loads((last_line(start("test", "--set", "test.epochs=2")) / "results.json").read_text())
+    assert twice["variants"][0]["n"] == 9
+
+
+def test_unreadable_images(start, trained):
+    (trained / "test" / CLASSES[0] / "0.png").write_bytes(b"broken")
+    (trained / "train" / CLASSES[0] / "1.png").write_bytes(b"broken")
+    result = start("test")
+    assert result.code == 1 and "1 images could not be read" in result.out
+    folder = last_line(result)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["variants"][0]["n"] == 8 and len(results["unreadable"]) == 1
+    assert read_csv(folder / "unreadable.csv")[0]["image"] == f"{CLASSES[0]}/0.png"
+    result = start("train_darionet", "--set", "training.epochs=1")
+    assert result.code == 0 and "1 training images could not be read" in result.out
+    listed = read_csv(last_line(result) / "unreadable.csv")
+    assert [row["image"] for row in listed] == [f"{CLASSES[0]}/1.png"] and "identify" in listed[0]["reason"]
+    for path in (trained / "train" / CLASSES[1]).iterdir():
+        path.write_bytes(b"broken")
+    one_line(start("train_darionet"), f"no image of {CLASSES[1]} can be read", "unreadable.csv")
+
+
+def test_training_needs_images_only(start, experiment):
+    for i in range(3):
+        draw("discs", i, 50).save(experiment / f"photo{i}.png")
+    tree = experiment / "photographs" / "2019" / "summer"
+    tree.mkdir(parents=True)
+    (experiment / "held out").mkdir()
+    for i in range(3):
+        (experiment / f"photo{i}.png").rename((tree if i < 2 else experiment / "held out") / f"{i}.png")
+    options = ["--set", "data.train=photographs", "--set", "data.val=held out", "--set", "training.epochs=1"]
+    result = start("train_darionet", *options)
+    assert result.code == 0, result.err
+    row = read_csv(last_line(result) / "history.csv")[0]
+    assert row["val_accuracy"] == "" and float(row["val_agreement"]) in (0, 1)
+    assert "accuracy" not in result.out.split("validation loss")[1]
+    one_line(start("test", "--set", "data.test=held out", "--set", "darionet.weights=DarioNet.pt"), "without labels")
+
+
+def test_any_frozen_classifier_and_transfer(start, experiment):
+    """The README's recipe: unlabelled photographs and a state dict of the user's own, then another classifier."""
+    photographs = experiment / "photographs"
+    photographs.mkdir()
+    for i in range(6):
+        draw(CLASSES[i % 3], i, 50).save(photographs / f"{i}.jpg")
+    torch.manual_seed(5)
+    mine = get_model("mobilenet_v3_small", weights=None, num_classes=3)
+    torch.save(mine.state_dict(), "my_state_dict.pth")
+
+    state_dict = torch.load("my_state_dict.pth", weights_only=True)
+    options = {"architecture": "mobilenet_v3_small", "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    save_classifier(state_dict, CLASSES, "mine.pt", **options)
+    own = ["--set", "classifier.weights=mine.pt", "--set", "classifier.architecture=mobilenet_v3_small"]
+    folders = ["--set", "data.train=photographs", "--set", "data.val=photographs", "--set", "training.epochs=1"]
+    result = start("train_darionet", *own, *folders)
+    assert result.code == 0, result.err
+    assert json.loads(Path("DarioNet.json").read_text())["classifier"]["weights"] == "mine.pt"
+    mine_alone = json.loads((last_line(start("test", *own)) / "results.json").read_text())
+    transferred = json.loads((last_line(start("test", "--classifier", "mine.pt")) / "results.json").read_text())
+    other = json.loads((last_line(start("test", "--classifier", "classifier.pt")) / "results.json").read_text())
+    assert transferred["classifier"] == {"architecture": "mobilenet_v3_small", "weights": "mine.pt"}
+    assert [v["accuracy"] for v in transferred["variants"]] == [v["accuracy"] for v in mine_alone["variants"]]
+    assert other["classifier"]["architecture"] == "resnet18"
+    psnr = [[v["psnr_db"] for v in r["variants"]] for r in (transferred, other)]
+    assert psnr[0] == psnr[1]  # the same rebuilt images
+    one_line(start("test", "--set", "classifier.weights=mine.pt"), "mine.pt: holds a mobilenet_v3_small", "resnet18")
+    one_line(start("test", "--classifier", "absent.pt"), "absent.pt: no such weights file")
+
+
+def test_try_one_image(start, trained):
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "RRDB.pth")
+    draw("checks", 5, 90).save("my image.jpg")
+    result = start("try_darionet", "my image.jpg", "--set", "darionet.initial_weights=RRDB.pth")
+    assert result.code == 0, result.err
+    folder = last_line(result)
+    assert folder.name.startswith("try_") and folder.name.endswith("_my_image")
+    assert {p.name for p in folder.iterdir()} == {
+        *("scales.png", "classification.png", "predictions.json", "parameters.json"),
+    }
+    predictions = json.loads((folder / "predictions.json").read_text())["predictions"]
+    assert [p["of"] for p in predictions] == [
+        *("x0.32, Bilinear", "x0.32, DarioNet", "x0.32, ESRGAN"),
+        *("original", "original rebuilt at x4, DarioNet", "original rebuilt at x4, ESRGAN"),
+    ]
+    for p in predictions:
+        assert p["class"] in CLASSES and 1 / 3 <= p["probability"] <= 1
+        assert f"{p['label']} ({p['probability']:.1%})" in result.out
+
+
+def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
+    note = {"scale": 0.5, "interpolation": "bilinear", "antialias": True}
+    Path("DarioNet.json").write_text(json.dumps(note))
+    draw("checks", 5).save("a.png")
+    for call in (["test"], ["try_darionet", "a.png"]):
+        assert "trained for scale 0.5, not 0.32, antialias True, not False" in start(*call).out
+        matching = ["--set", "transformations.scale=0.5", "--set", "transformations.antialias=true"]
+        assert "trained for" not in start(*call, *matching).out
+    Path("DarioNet.json").write_text("[")
+    one_line(start("test"), "DarioNet.json", "remove it")
+
+
+def test_try_small_images(start, trained):
+    draw("discs", 1, 12).save("icon.png")
+    result = start("try_darionet", "--small", "icon.png")
+    assert result.code == 0 and (last_line(result) / "small.png").is_file()
+    (trained / "icons" / "more").mkdir(parents=True)
+    draw("discs", 1, 12).save("icons/a.png")
+    draw("checks", 2, 20).resize((20, 11)).save("icons/more/b.png")
+    (trained / "icons" / "c.png").write_bytes(b"broken")
+    draw("discs", 1, 90).save("icons/large.png")
+    result = start("try_darionet", "--small", "icons")
+    assert result.code == 1
+    folder = last_line(result)
+    rows = read_csv(folder / "predictions.csv")
+    assert [(row["image"], row["width"], row["height"]) for row in rows] == [
+        *(("a.png", "12", "12"), ("more/b.png", "20", "11")),
+    ]
+    assert rows[0]["darionet_class"] in CLASSES and 0 < float(rows[0]["bilinear_probability"]) <= 1
+    reasons = {row["image"]: row["reason"] for row in read_csv(folder / "unreadable.csv")}
+    assert set(reasons) == {"c.png", "large.png"} and "not small" in reasons["large.png"]
+
+
+def test_try_what_is_no_image(start, trained):
+    one_line(start("try_darionet", "absent.png"), "absent.png: no such image")
+    Path("text.jpg").write_text("hello")
+    one_line(start("try_darionet", "text.jpg"), "text.jpg", "cannot identify")
+    one_line(start("try_darionet", "test"), "test: a folder", "--small")
+
+
+def test_without_weights_it_says_how_to_get_them(start, experiment):
+    draw("discs", 1).save("a.png")
+    for call in (["try_darionet", "a.png"], ["test"]):
+        one_line(start(*call), "DarioNet.pt", "train_darionet.py", "make demo")
+    one_line(start("test", "--weights", "other.pt"), "other.pt: no such weights file")
+
+
+def test_folders_and_weights_that_do_not_fit(start, trained):
+    for script, key in (("train_darionet", "data.train"), ("train_darionet", "data.val"), ("test", "data.test")):
+        one_line(start(script, "--set", f"{key}=nowhere"), "nowhere: no such folder", "make demo")
+        (trained / "empty").mkdir(exist_ok=True)
+        one_line(start(script, "--set", f"{key}=empty"), "empty: holds no images")
+    draw_folder(trained / "zebras" / "zebra", 1, [CLASSES[0]])
+    one_line(start("test", "--set", "data.test=zebras"), "no class named zebra", "checks, discs, stripes")
+    one_line(start("train_darionet", "--set", "darionet.initial_weights=absent.pth"), "absent.pth: no such weights")
+    torch.save(RRDBNet(8, 2, 4).state_dict(), "larger.pth")
+    one_line(start("train_darionet", "--set", "darionet.initial_weights=larger.pth"), "(8, 2, 4)", "(8, 1, 4)")
+    Path("DarioNet.pt").write_text("not weights")
+    one_line(start("test"), "DarioNet.pt: not a")
+    one_line(start("test", "--weights", "classifier.pt"), "classifier.pt: not an RRDBNet")
+
+
+def test_a_full_disk_leaves_the_checkpoint(start, experiment, monkeypatch):
+    folder = last_line(start("train_darionet", "--set", "training.epochs=1"))
+    before = (folder / "checkpoint.pt").read_bytes()
+    Path("DarioNet.pt").unlink()
+    script = load_script("train_darionet")
+    assert script.main.__doc__ is None
+
+    def no_space(contents, file):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", no_space)
+    result = start("train_darionet")
+    assert result.code == 1 and "No space left on device" in result.err and "Traceback" not in result.err
+    assert (folder / "checkpoint.pt").read_bytes() == before and not list(experiment.glob("**/.*"))
+
+
+def test_out_of_memory_is_one_line(start, trained, monkeypatch):
+    from experiment import distillation, evaluation
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(distillation, "to_float", full)
+    monkeypatch.setattr(evaluation, "to_float", full)
+    one_line(start("train_darionet"), "out of GPU memory at batch size 4: lower training.batch_size")
+    one_line(start("test"), "out of GPU memory at batch size 4: lower test.batch_size")
+
+
+def test_the_default_without_imagenet(tmp_path):
+    """A real start from another folder, as on a fresh machine."""
+    (tmp_path / "parameters.json").write_text((ROOT / "parameters.json").read_text())
+    command = [sys.executable, str(ROOT / "train_darionet.py")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    line = result.stderr.strip()
+    assert "\n" not in line and "ImageNet2012/train: no such folder" in line and "make demo" in line
+
+
+def test_classifier_for_data_that_has_none(start, experiment, monkeypatch):
+    """examples/train_classifier.py writes what FrozenClassifier reads."""
+    import examples.train_classifier as script
+    from experiment.parameters import run_script
+    from models.classifier import FrozenClassifier
+
+    write_parameters(experiment / "parameters.json", classifier={"weights": "own.pt"})
+    monkeypatch.setattr(sys, "argv", ["train_classifier", "--epochs", "1", "--batch-size", "4", "--shift", "2"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(script.main)
+    assert stop.value.code == 0
+    assert FrozenClassifier("resnet18", "own.pt").class_names == CLASSES

@@ -1,0 +1,89 @@
+"""Two processes on a CPU, started as a user would: they do what one process does."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CLASSES, ROOT
+
+from experiment.runtime import Runtime
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
+
+
+def torchrun(*command) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*TORCHRUN, *map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
+
+
+def read_csv(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_gradient_is_that_of_one_process_with_both_parts(experiment):
+    from gradient_of_two import drawn, gradient
+
+    images = drawn()
+    expected = gradient(images, len(images), Runtime(torch.device("cpu"), "float32"))
+    result = torchrun(ROOT / "tests" / "gradient_of_two.py", "out.pt")
+    assert result.returncode == 0, result.stderr
+    for found in torch.load("out.pt", weights_only=True):
+        assert (found - expected).norm() / expected.norm() < 1e-12
+
+
+def test_training_and_test_of_two_processes(start, experiment):
+    (experiment / "train" / CLASSES[0] / "1.png").write_bytes(b"broken")
+    (experiment / "test" / CLASSES[0] / "1.png").write_bytes(b"broken")
+    exact = ["--set", "training.precision=float32", "--set", "training.learning_rate=1e-4"]
+    two = torchrun(ROOT / "train_darionet.py", *exact, "--set", "training.batch_size=2")
+    assert two.returncode == 0, two.stderr
+    lines = two.stdout.strip().splitlines()
+    assert (
+        sum(line.startswith("epoch ") for line in lines) == 2 and sum(line.startswith("assets") for line in lines) == 1
+    )
+    assert len(list(Path("assets/logs").iterdir())) == 1
+    folder = Path(lines[-1])
+    weights = torch.load("DarioNet.pt", weights_only=True)
+    Path("DarioNet.pt").unlink()
+    one = start("train_darionet", *exact, "--set", "training.batch_size=4")
+    other = Path(one.out.strip().splitlines()[-1])
+    for mine, theirs in zip(read_csv(folder / "history.csv"), read_csv(other / "history.csv"), strict=True):
+        for key in ("train_loss", "val_loss", "val_accuracy", "val_agreement", "val_psnr_db", "unreadable"):
+            assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-3), key
+    assert read_csv(folder / "unreadable.csv") == read_csv(other / "unreadable.csv")
+    for key, tensor in torch.load("DarioNet.pt", weights_only=True).items():
+        torch.testing.assert_close(weights[key], tensor, atol=2e-4, rtol=0)
+
+    two = torchrun(ROOT / "test.py")
+    assert two.returncode == 1  # torchrun's own code for any failure: here an image could not be read
+    folder = Path(two.stdout.strip().splitlines()[-1])
+    other = Path(start("test").out.strip().splitlines()[-1])
+    mine, theirs = (json.loads((f / "results.json").read_text()) for f in (folder, other))
+    assert mine["unreadable"] == theirs["unreadable"] and len(mine["unreadable"]) == 1
+    for a, b in zip(mine["variants"], theirs["variants"], strict=True):
+        for key in set(a) - {"seconds", "images_per_second", "name"}:
+            assert a[key] == pytest.approx(b[key], abs=1e-5), key
+    rows, others = read_csv(folder / "predictions.csv"), read_csv(other / "predictions.csv")
+    assert [(r["image"], r["variant"], r["predicted"]) for r in rows] == [
+        (r["image"], r["variant"], r["predicted"]) for r in others
+    ]
+
+
+def test_a_failed_process_ends_the_job(experiment):
+    """Process 1 can't read the weights: the job ends instead of waiting for it."""
+    script = experiment / "one_fails.py"
+    script.write_text(
+        "import os, sys\n"
+        "if os.environ['RANK'] == '1':\n    sys.exit(3)\n"
+        f"sys.argv[0] = '{ROOT / 'train_darionet.py'}'\n"
+        "import runpy\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    result = torchrun(script)
+    assert result.returncode != 0
