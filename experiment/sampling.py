@@ -28,10 +28,18 @@ def class_folders(folder: str | Path) -> list[str]:
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; {HOW_TO_GET_IMAGENET}")
-    names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not entry.name.startswith("."))
     if not names:
         raise InputError(f"{folder}: holds no class folders; {HOW_TO_GET_IMAGENET}")
     return names
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Whether it is a folder or a link to one; a link that leads to itself is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_images(folder: str | Path) -> list[str]:
@@ -51,7 +59,7 @@ def list_images(folder: str | Path) -> list[str]:
             if entry.name.startswith("."):
                 continue
             path = os.path.join(inside, entry.name)
-            if entry.is_dir():
+            if is_folder(entry):
                 waiting.append(path)
             elif entry.name.lower().endswith(EXTENSIONS):
                 found.append(path)

@@ -11,7 +11,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 
 from models.errors import InputError
 from models.fast import fold
-from models.weights import load_file, load_strictly, save_file, unwrap
+from models.weights import load_file, load_strictly, refuse_other_file, save_file, unwrap
 
 LABELS_FILE = Path(__file__).parent.parent / "assets" / "labels.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the training images, as in every torchvision recipe
@@ -122,12 +122,19 @@ class FrozenClassifier(nn.Module):
 
 
 def download(architecture: str, entry) -> nn.Module:
-    """torchvision's classifier and its published weights: downloaded once, checked against the hash in their name."""
+    """torchvision's classifier and its published weights: downloaded once, checked against the hash in their name.
+
+    torchvision itself reads a file that lies there already as it is, and would run code inside it.
+    """
+    name = entry.url.rsplit("/", 1)[-1]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
     try:
+        if not (folder / name).is_file():
+            entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        load_file(folder / name)
+        refuse_other_file(folder / name, name.rpartition("-")[2].removesuffix(".pth"))
         return get_model(architecture, weights=entry)
     except (URLError, OSError, RuntimeError) as error:
-        name = entry.url.rsplit("/", 1)[-1]
-        folder = Path(torch.hub.get_dir()) / "checkpoints"
         raise InputError(
             f"the weights of {architecture} can't be downloaded ({str(error).splitlines()[0]}): "
             f"put the file {name} into {folder}, or name a file of your own in classifier.weights"

@@ -5,6 +5,7 @@ and what is written has those names.
 """
 
 import contextlib
+import hashlib
 import os
 import pickle
 import re
@@ -24,6 +25,13 @@ if LOCKS:
     import fcntl
 
 PARTIAL = ".partial"
+# SHA-256, or its beginning, of files that their owners publish under these names: mirrors have served others.
+PUBLISHED = {
+    "RRDB_PSNR_x4.pth": "f372b59f22929e1bc83fa58d78215c96f976de3b2eaeee736da1b348913da6cc",
+    "RRDB_ESRGAN_x4.pth": "65fece06e1ccb48853242aa972bdf00ad07a7dd8938d2dcbdf4221b59f6372ce",
+    "ESRGAN_SRx4_DF2KOST_official-ff704c30.pth": "ff704c30",
+    "RealESRGAN_x4plus.pth": "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+}
 WRAPPERS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net")
 PREFIXES = ("module.", "netG.", "layers.0.", "0.")
 # BasicSR's and Real-ESRGAN's names for the ESRGAN repository's, then those of the first ESRGAN release.
@@ -63,6 +71,20 @@ def load_file(path: str | Path) -> object:
         raise InputError(f"{path}: not a readable weights file ({reason})") from None
 
 
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_other_file(path: str | Path, expected: str | None) -> None:
+    """Raises InputError for a file whose SHA-256 does not begin with that of the file published under its name."""
+    if expected and not (found := sha256_of(Path(path))).startswith(expected):
+        raise InputError(
+            f"{path}: not the file published under this name (SHA-256 {found[:8]}..., not {expected[:8]}...): "
+            "get it again, or give a file of your own another name"
+        )
+
+
 def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
     """The state dict inside `contents`, without the wrappers and prefixes that other projects add.
 
@@ -84,9 +106,11 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
     """State dict of an RRDBNet x4 under the ESRGAN repository's key names, from a file of any of its three families.
 
     Raises:
-        InputError: the file can't be read, or it is not an RRDBNet x4.
+        InputError: the file can't be read, is not what its name promises, or is not an RRDBNet x4.
     """
-    weights = esrgan_names(unwrap(load_file(path), path))
+    contents = load_file(path)
+    refuse_other_file(path, PUBLISHED.get(Path(path).name))
+    weights = esrgan_names(unwrap(contents, path))
     first = weights.get("conv_first.weight")
     if first is None:
         raise InputError(

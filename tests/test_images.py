@@ -63,6 +63,7 @@ def png_that_claims(width: int, height: int) -> bytes:
 FRAMES = {"save_all": True, "append_images": [plain(colour=BLUE)], "duration": 100, "loop": 0}
 JPEG = encoded(draw("discs", 1, 64), "JPEG")
 PNG = encoded(draw("discs", 1, 64), "PNG")
+NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "PNG")
 WEBP = encoded(plain(), "WEBP", lossless=True)
 DAMAGED_EXIF = encoded(plain(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
 # name -> bytes, and (size, first pixel) or a part of the reason
@@ -98,8 +99,9 @@ READ = {
     "strip.png": (encoded(plain(size=(20_000, 1)), "PNG"), ((20_000, 1), RED)),
     "tower.png": (encoded(plain(size=(1, 20_000)), "PNG"), ((1, 20_000), RED)),
     "damaged exif.png": (DAMAGED_EXIF, ((4, 3), RED)),
+    "without its end.png": (encoded(plain(), "PNG")[:-12], ((4, 3), RED)),  # every pixel is there
     "text after it.png": (encoded(plain(), "PNG") + b"and more", ((4, 3), RED)),
-    **{f"orientation {i}.png": (turned(i), ((3, 4) if i > 4 else (4, 3), None)) for i in range(1, 10)},
+    **{f"orientation {i}.png": (turned(i), ((3, 4) if 5 <= i <= 8 else (4, 3), None)) for i in range(10)},
 }
 REFUSED = {
     "empty.jpg": (b"", NO_IMAGE),
@@ -109,9 +111,9 @@ REFUSED = {
     "cut at 10 %.jpg": (JPEG[: len(JPEG) // 10], ""),
     "cut at 50 %.jpg": (JPEG[: len(JPEG) // 2], "truncated"),
     "cut at 99 %.jpg": (JPEG[: len(JPEG) * 99 // 100], "truncated"),
-    "cut at 10 %.png": (PNG[: len(PNG) // 10], "runcated"),
-    "cut at 50 %.png": (PNG[: len(PNG) // 2], "runcated"),
-    "cut at 99 %.png": (PNG[:-20], ""),
+    "cut at 10 %.png": (NOISE[: len(NOISE) // 10], "runcated"),
+    "cut at 50 %.png": (NOISE[: len(NOISE) // 2], "runcated"),
+    "cut at 99 %.png": (NOISE[: len(NOISE) * 99 // 100], "runcated"),
     "cut.webp": (WEBP[:-6], ""),
     "cut.gif": (encoded(draw("discs", 1, 64), "GIF")[:200], "runcated"),
     "cut.bmp": (encoded(plain(size=(40, 40)), "BMP")[:-100], "runcated"),

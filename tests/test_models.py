@@ -160,11 +160,14 @@ def test_imagenet_labels():
 
 
 def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monkeypatch):
-    """The real loading code, on a file made here in the place of the download."""
+    """The real loading code, on a file made here in the place of the download; its hash is not the published one."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     network = get_model("squeezenet1_1", weights=None)
     torch.save(network.state_dict(), tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth: not the file published under this name"):
+        FrozenClassifier("squeezenet1_1", "IMAGENET1K_V1")
+    monkeypatch.setattr("models.weights.sha256_of", lambda path: "b8a52dc0" + 56 * "0")
     frozen = FrozenClassifier("squeezenet1_1", "IMAGENET1K_V1")
     assert frozen.class_names[207] == "n02099601" and frozen.labels[207] == "golden retriever"
     assert frozen.network.features[0].weight.equal(network.features[0].weight)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import pickle
 import stat
@@ -8,7 +9,7 @@ import torch
 from models.darionet import build_darionet, initial_name, load_rrdbnet
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
-from models.weights import generator_size, load_file, load_generator, save_file
+from models.weights import PUBLISHED, generator_size, load_file, load_generator, save_file
 
 
 @pytest.fixture
@@ -86,6 +87,15 @@ def test_each_thing_that_can_be_wrong_is_named(weights, tmp_path):
     refused({"fc.weight": torch.ones(2)}, tmp_path, "not an RRDBNet", "fc.weight")
     refused([1, 2], tmp_path, "no state dict")
     refused({}, tmp_path, "no state dict")
+
+
+def test_another_file_under_a_published_name(weights, tmp_path, monkeypatch):
+    torch.save(weights, tmp_path / "RealESRGAN_x4plus.pth")
+    with pytest.raises(InputError, match=r"RealESRGAN_x4plus\.pth: not the file published .* not 4fa0d389"):
+        load_rrdbnet(str(tmp_path / "RealESRGAN_x4plus.pth"))
+    own = hashlib.sha256((tmp_path / "RealESRGAN_x4plus.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(PUBLISHED, "RealESRGAN_x4plus.pth", own)
+    assert load_rrdbnet(str(tmp_path / "RealESRGAN_x4plus.pth"))
 
 
 def test_initial_weights_of_another_size(weights, tmp_path):
