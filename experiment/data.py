@@ -180,6 +180,8 @@ def epoch_batches(
 
 def make_loader(dataset: Dataset, batches: list[list[int]], workers: int, pin_memory: bool) -> DataLoader:
     """A loader of these batches, in this order, whatever the number of workers."""
+    # More workers than cores is the user's own choice: disks make them wait.
+    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
     return DataLoader(
         dataset,
         batch_sampler=batches,

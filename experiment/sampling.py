@@ -82,7 +82,8 @@ def sample(
     """Copies class folders from `source`: `parts` maps a target folder to its images by class.
 
     A manifest in every target records source, seed and fraction. What an interrupted run left is completed; files of
-    another selection make a target refuse, unless `overwrite` is set and the target has a manifest.
+    another selection make a target refuse, unless `overwrite` is set and the target has a manifest. What has an image's
+    name and is no file is left out, and that is said.
 
     Raises:
         InputError: a target holds something else, or is (or is in, or holds) the source.
@@ -92,13 +93,21 @@ def sample(
         manifest = {"source": os.path.abspath(source), "seed": seed, "fraction": fraction}
         prepare_target(Path(target), manifest, images, overwrite)
         total = sum(map(len, images.values()))
+        odd = []
         with tqdm(total=total, desc=target, unit="image", disable=None) as bar:
             for class_name, names in images.items():
                 (Path(target) / class_name).mkdir(exist_ok=True)
                 for name in names:
-                    place(Path(source, class_name, name), Path(target, class_name, name), link)
+                    path = Path(source, class_name, name)
+                    if path.is_file():
+                        place(path, Path(target, class_name, name), link)
+                    else:
+                        odd.append(path)
                     bar.update()
+        total -= len(odd)
         write_manifest(Path(target), manifest | {"images": total, "complete": True})
+        if odd:
+            print(f"{target}: left out {len(odd)} that are no files (pipes, links to nowhere), such as {odd[0]}")
         print(f"{target}: {total} images of {len(images)} classes from {source} (seed {seed}, fraction {fraction})")
 
 
@@ -148,7 +157,7 @@ def place(source: Path, target: Path, link: bool) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if link:
         try:
-            os.link(source, target)
+            os.link(os.path.realpath(source), target)  # what a symbolic link leads to, not the link
         except OSError as error:
             raise InputError(
                 f"{target}: no hard link to {source} ({error.strerror}); leave out --link to copy"

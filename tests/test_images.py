@@ -6,6 +6,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import time
@@ -170,7 +171,7 @@ def test_what_it_is_read_as(tmp_path, name):
             assert image.getpixel((0, 0)) == expected[1]
 
 
-@pytest.mark.parametrize(("orientation", "corner"), enumerate([0, 1, 3, 2, 0, 1, 3, 2], start=1))
+@pytest.mark.parametrize(("orientation", "corner"), list(enumerate([0, 1, 3, 2, 0, 1, 3, 2], start=1)))
 def test_where_the_first_stored_pixel_is_shown(tmp_path, orientation, corner):
     """Corners: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
     (tmp_path / "a.png").write_bytes(turned(orientation))
@@ -184,7 +185,7 @@ def test_where_the_first_stored_pixel_is_shown(tmp_path, orientation, corner):
 def test_why_it_is_not_read(tmp_path, name):
     contents, reason = REFUSED[name]
     (tmp_path / name).write_bytes(contents)
-    with pytest.raises(UnreadableImage, match=reason) as error:
+    with pytest.raises(UnreadableImage, match=reason or None) as error:
         read_image(tmp_path / name)
     assert "\n" not in str(error.value) and 3 < len(str(error.value)) <= 200
 
@@ -211,6 +212,26 @@ def check_list(found: dict[str, str], expected: dict[str, str], prefix: str = ""
     assert set(found) == {prefix + printable(name) for name in expected}
     for name, reason in expected.items():
         assert reason in found[prefix + printable(name)]
+
+
+@pytest.mark.parametrize("how", [[], ["--link"]])
+def test_the_samplers_copy_every_file_as_it_is(start, experiment, how):
+    """What is no file is left out and said; whether the others are images, the scripts that read them say."""
+    write_corpus(experiment / "train_original" / "odd")
+    write_corpus(experiment / "val_original" / "odd")
+    for script, targets in (("img_sampler_train", ["train"]), ("img_sampler_val", ["val", "test"])):
+        for target in targets:
+            shutil.rmtree(experiment / target)
+        result = start(script, *how, "--set", "data.train_fraction=1")
+        assert result.code == 0, result.err
+        found = {path.name: path.read_bytes() for t in targets for path in (experiment / t / "odd").iterdir()}
+        originals = {p.name: p for p in (experiment / "train_original" / "odd").iterdir() if p.is_file()}
+        assert found == {name: path.read_bytes() for name, path in originals.items()}
+        assert not any(path.is_symlink() for t in targets for path in (experiment / t / "odd").iterdir())
+        left_out = [
+            int(line.split("left out ")[1].split()[0]) for line in result.out.splitlines() if "left out" in line
+        ]
+        assert sum(left_out) == 3
 
 
 def test_training_skips_and_lists_them(start, experiment):
