@@ -1,7 +1,7 @@
 # make demo   the whole program on drawn pictures, offline after installation, in about 7 minutes on two cores
 # make test   the checks
 # make soak   the long checks of RELIABILITY.md, at most 30 minutes on two cores
-# make clean  removes what both made
+# make clean  removes the demo's pictures and weights; runs in assets/logs stay
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 SHAPES := examples/shapes
@@ -50,4 +50,4 @@ tiny: .venv/installed
 	touch $@
 
 clean:
-	rm -rf $(SHAPES)/data $(SHAPES)/output assets/logs
+	rm -rf $(SHAPES)/data $(SHAPES)/output

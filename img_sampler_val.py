@@ -6,7 +6,7 @@ python img_sampler_val.py --set data.val_fraction=0.2 --overwrite
 """
 
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.sampling import class_folders, list_images, sample, share
+from experiment.sampling import class_folders, list_images, refuse_overlap, sample, share
 
 
 def main() -> None:
@@ -16,6 +16,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = read_parameters(arguments.parameters or "parameters.json", arguments.set).data
 
+    refuse_overlap(data.test, data.val)
     val, test = {}, {}
     for name in class_folders(data.val_original):
         images = list_images(f"{data.val_original}/{name}")

@@ -12,6 +12,11 @@ Variants: Original; Small (the small image itself); Bilinear; Bicubic; ESRGAN or
 the file exists); DarioNet (darionet.weights). Everything is written to assets/logs/test_<stamp>/.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
+
 import json
 from pathlib import Path
 
@@ -41,6 +46,7 @@ from models.classifier import FrozenClassifier, noted_architecture
 from models.darionet import load_upscalers, other_input, trained_for
 from models.errors import InputError
 from models.pipeline import Pipeline
+from models.scaler import reduced_length
 
 SHOWN = 6  # images in a sheet of reconstructions
 RIVALS = ("Bilinear", "ESRGAN", "Pixels", "Initial")  # that DarioNet is tested against
@@ -81,12 +87,17 @@ def test(parameters: Parameters, weights: str, stopper: Stopper) -> int:
     upscalers = load_upscalers(weights, parameters.darionet.initial_weights, runtime.device)
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
+    classifier.require(t.val_crop_size, "transformations.val_crop_size")
     targets = dataset.targets(classifier.class_names)
     if NO_LABEL in targets:
         raise InputError(f"{dataset.root}: holds no class folders, and without labels there is no accuracy to measure")
     pipelines = make_pipelines(
         classifier, upscalers, scale=t.scale, interpolation=t.interpolation, antialias=t.antialias
     )
+    small = reduced_length(t.val_crop_size, t.scale)
+    if not classifier.reads(small, small):
+        pipelines = [pipeline for pipeline in pipelines if pipeline.name != "Small"]
+        print(f"Left out: Small, since {parameters.classifier.architecture} can't read {small}x{small} pixels")
     if runtime.is_main:
         folder = new_run_folder("test")
         write_json(folder / "parameters.json", parameters.model_dump())
@@ -116,6 +127,8 @@ def test(parameters: Parameters, weights: str, stopper: Stopper) -> int:
         if any(runtime.gather(stopper.requested)):
             stopper.stop_with_others()
             print("Stopped: an evaluation is all or nothing, start it again")
+            if runtime.is_main:
+                print(folder)
             return stopper.code
     result = joined(runtime.gather(result), [dataset.paths[i] for batch in batches for i in batch])
     if not runtime.is_main:

@@ -12,6 +12,11 @@ image that was reduced and rebuilt (training.loss adds pixels and features). Eve
 assets/logs/train_<stamp>/, and the weights of the best validation loss to darionet.weights as well.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
+
 import json
 import math
 import os
@@ -55,9 +60,10 @@ from experiment.runtime import (
     out_of_memory,
 )
 from models.classifier import FrozenClassifier
-from models.darionet import build_darionet
+from models.darionet import build_darionet, note_of
+from models.errors import InputError
 from models.pipeline import Pipeline
-from models.weights import save_file
+from models.weights import check_writable, save_file
 
 SAMPLES = 6  # validation images in the strip of every epoch
 ESTIMATE_AFTER = 10  # seconds of training
@@ -110,6 +116,8 @@ class Run:
 
         classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
         classifier.to(self.runtime.device, memory_format=torch.channels_last)
+        for key in ("train_crop_size", "val_crop_size"):
+            classifier.require(getattr(t, key), f"transformations.{key}")
         if self.runtime.precision != "float32":
             classifier.fold(DTYPES[self.runtime.precision])
         self.targets = self.val_set.targets(classifier.class_names)
@@ -166,33 +174,62 @@ class Run:
                 remember_job(folder, launchers)
             write_json(folder / "parameters.json", self.parameters.model_dump())
             self.announce()
+            if self.parameters.training.save:
+                try:
+                    check_writable(self.parameters.darionet.weights)
+                except OSError as error:
+                    place = self.parameters.darionet.weights
+                    raise InputError(f"{place}: can't be written ({error.strerror}); change darionet.weights") from None
         if not self.epoch and not self.progress.batch:
             self.checkpoint()  # what can't be written should fail now, not after an epoch
         self.saved = time.monotonic()
         epochs = self.parameters.training.epochs
         while self.epoch < epochs:
-            self.train_epoch()
-            scores = None if self.stopper.requested else self.validate()
+            if not self.agreed_to_stop():
+                self.train_epoch()
+            scores = None if self.agreed_to_stop() else self.validate()
             if scores is not None:
                 self.finish_epoch(scores)
-            if self.stopper.requested and self.epoch < epochs:
+            if self.agreed_to_stop() and self.epoch < epochs:
                 self.checkpoint()
                 if self.runtime.is_main:
-                    print(f"Stopped in epoch {self.epoch + 1}. To go on: python train_darionet.py --resume {folder}")
+                    started = "python"
+                    if self.runtime.processes > 1:
+                        started = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+                    command = f"{started} train_darionet.py --resume {folder}"
+                    print(f"Stopped in epoch {self.epoch + 1}. To go on: {command}")
                     print(folder)
                 return self.stopper.code
         if not self.runtime.is_main:
             return 0
         if self.progress.unreadable:
             print(f"{len(self.progress.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
+        if self.history[-1]["val_unreadable"]:
+            print(f"{self.history[-1]['val_unreadable']} validation images could not be read and were not scored")
+        if not math.isfinite(self.best):
+            raise InputError(
+                "the validation loss was never finite, so no weights were written: lower training.learning_rate, "
+                "or set training.precision to float32"
+            )
         if self.parameters.training.save:
             print(f"Weights of the best validation loss ({self.best:.4f}): {self.parameters.darionet.weights}")
         print(folder)
         return 0
 
+    def agreed_to_stop(self) -> bool:
+        """Whether any of the processes was asked to stop: then all of them do."""
+        if any(self.runtime.gather(self.stopper.requested)):
+            self.stopper.stop_with_others()
+        return self.stopper.requested
+
     def resolved(self) -> dict:
-        """The parameters and the number of processes: what a resumed run has to share with this one."""
-        return self.parameters.model_dump() | {"processes": self.runtime.processes}
+        """The parameters and what they meet here: what a resumed run has to share with this one."""
+        return self.parameters.model_dump() | {
+            "processes": self.runtime.processes,
+            "precision": self.runtime.precision,
+            "images": {"data.train": self.train_set.fingerprint(), "data.val": self.val_set.fingerprint()},
+            "classifier_weights": self.pipeline.classifier.fingerprint(),
+        }
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The epoch's batches of indices into the training images."""
@@ -256,11 +293,13 @@ class Run:
     def after_step(self) -> None:
         """Says once how long the run will take, and saves a checkpoint every checkpoint_minutes."""
         p, training = self.progress, self.parameters.training
-        if self.runtime.is_main and not self.estimated and p.seconds > ESTIMATE_AFTER and p.images:
+        trained = p.seconds + sum(row["seconds"] for row in self.history)
+        if self.runtime.is_main and not self.estimated and trained > ESTIMATE_AFTER:
             self.estimated = True
+            images = p.images + sum(row["seconds"] * row["images_per_second"] for row in self.history)
             steps = self.total_steps - self.epoch * self.steps_per_epoch - p.batch
-            seconds = steps * training.batch_size * self.runtime.processes * p.seconds / p.images
-            tqdm.write(f"About {duration(seconds)} of training to go, at {p.images / p.seconds:.1f} images/s")
+            seconds = steps * training.batch_size * self.runtime.processes * trained / max(1, images)
+            tqdm.write(f"About {duration(seconds)} of training to go, at {images / trained:.1f} images/s")
         if time.monotonic() - self.saved > 60 * training.checkpoint_minutes:
             self.checkpoint()
 
@@ -301,10 +340,9 @@ class Run:
         """Writes what an epoch leaves, and prints its line."""
         weights = self.parameters.darionet.weights
         if improved:
-            save_file(to_cpu(self.network.state_dict()), self.folder / "best.pt")
-            if self.parameters.training.save:
-                save_file(to_cpu(self.network.state_dict()), weights)
-                write_json(Path(weights).with_suffix(".json"), self.provenance())
+            for path in [self.folder / "best.pt"] + ([weights] if self.parameters.training.save else []):
+                save_file(to_cpu(self.network.state_dict()), path)
+                write_json(note_of(path), self.provenance())
         write_csv(self.folder / "history.csv", self.history)
         plots.training_curves(self.history, self.folder / "curves.png")
         self.draw_samples(self.folder / "samples" / f"epoch_{self.epoch + 1:02d}.png")

@@ -9,6 +9,11 @@
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
+
 import re
 from pathlib import Path
 
@@ -17,12 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import ImageFolder, Transform, UnreadableImage, read_image, to_float
+from experiment.data import LONGEST, ImageFolder, Transform, UnreadableImage, read_image, to_float
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import choose_runtime, make_deterministic, new_run_folder
+from experiment.runtime import Stopper, choose_runtime, make_deterministic, new_run_folder
 from models.classifier import FrozenClassifier
-from models.darionet import load_upscalers, other_input
+from models.darionet import load_upscalers, other_input, other_size
 from models.errors import InputError
 from models.pipeline import Pipeline
 
@@ -40,6 +45,7 @@ class Reader:
         self.upscalers = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
         self.classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
         self.classifier.to(self.runtime.device, memory_format=torch.channels_last)
+        self.classifier.require(self.t.val_crop_size, "transformations.val_crop_size")
 
     def pipeline(self, name: str, scale: float | None) -> Pipeline:
         """The pipeline of a row of the results table; `scale` None takes images that are small already."""
@@ -50,6 +56,7 @@ class Reader:
             scale=scale,
             interpolation=self.t.interpolation,
             antialias=self.t.antialias,
+            enlarge="bilinear" if name == "Bilinear" else None,
         )
 
     @torch.no_grad()
@@ -60,6 +67,8 @@ class Reader:
         with self.runtime.autocast():
             small, rebuilt, logits = pipeline(image, size)
         probabilities = logits[0].float().softmax(0)
+        if not probabilities.isfinite().all():
+            raise InputError(f"the scores on {pipeline.name}'s image are not finite: its weights are damaged")
         index = int(probabilities.argmax())
         prediction = {
             "class": self.classifier.class_names[index],
@@ -82,6 +91,8 @@ class Reader:
             raise UnreadableImage(
                 f"{image.width}x{image.height} pixels are not small (up to {limit}); leave out --small"
             )
+        if max(image.size) > LONGEST * min(image.size):
+            raise UnreadableImage(f"{image.width}x{image.height} pixels are a strip, too long to rebuild")
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
         return to_float(pixels.permute(0, 3, 1, 2), self.runtime.device)
 
@@ -112,20 +123,24 @@ def main() -> int:
     if not arguments.small and (note := other_input(weights, t.scale, t.interpolation, t.antialias)):
         print(note)
     if path.is_dir():
-        return read_folder(reader, path)
+        with Stopper() as stopper:
+            return read_folder(reader, path, weights, parameters.model_dump(), stopper)
     try:
         image = reader.load(path, arguments.small)
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}") from None
+    if arguments.small and (note := other_size(weights, min(image.shape[-2:]), t.val_crop_size)):
+        print(note)
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters.model_dump())
-    show = read_small if arguments.small else read_image_of_full_size
-    predictions = show(reader, image, folder)
+    read = read_small if arguments.small else read_image_of_full_size
+    predictions = read(reader, image, folder)
     write_json(folder / "predictions.json", {"image": str(path), "predictions": predictions})
     width = max(len(p["of"]) for p in predictions)
     for p in predictions:
         print(f"{p['of']:{width}}  {p['label']} ({p['probability']:.1%})")
     print(folder)
+    plots.show_window(folder / ("small.png" if arguments.small else "classification.png"))
     return 0
 
 
@@ -147,7 +162,7 @@ def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list
         small = results["Bilinear"][0]
         row = [image[0], small, *(rebuilt for _, rebuilt, _ in results.values())]
         rows.append((f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px", row))
-    plots.scales(rows, ["original", "small", "bilinear", *names], folder / "scales.png", show=False)
+    plots.scales(rows, ["original", "small", "bilinear", *names], folder / "scales.png")
 
     order = ["DarioNet", *(name for name in names if name != "DarioNet")]
     wanted = [(f"x{scale}, {name}", name, scale) for name in ["Bilinear", *order]]
@@ -158,7 +173,7 @@ def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list
         _, rebuilt, prediction = reader.read(reader.pipeline(name, factor), image)
         panels.append((title, rebuilt, verdict(prediction)))
         predictions.append({"of": title, **prediction})
-    plots.panels(panels, len(names) + 1, folder / "classification.png", show=True)
+    plots.panels(panels, len(names) + 1, folder / "classification.png")
     return predictions
 
 
@@ -169,18 +184,24 @@ def read_small(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
         small, rebuilt, prediction = reader.read(reader.pipeline(name, None), image, reader.full_size(image))
         panels.append((name, rebuilt, verdict(prediction)))
         predictions.append({"of": name, **prediction})
-    plots.panels(
-        [(f"as it came, {small.shape[-1]} x {small.shape[-2]} px", small, ""), *panels], 4, folder / "small.png", True
-    )
+    first = (f"as it came, {small.shape[-1]} x {small.shape[-2]} px", small, "")
+    plots.panels([first, *panels], 4, folder / "small.png")
     return predictions
 
 
-def read_folder(reader: Reader, path: Path) -> int:
-    """Writes predictions.csv, one row an image; returns 1 where an image could not be read."""
+def read_folder(reader: Reader, path: Path, weights: str, parameters: dict, stopper: Stopper) -> int:
+    """Writes predictions.csv, one row an image; returns 1 where an image could not be read.
+
+    After Ctrl-C or SIGTERM it writes the rows of the images that were read.
+    """
     paths = ImageFolder(str(path)).paths
     folder = run_folder(path)
+    write_json(folder / "parameters.json", parameters)
     rows, unreadable = [], []
     for name in tqdm(paths, desc="reading", unit="image", disable=None):
+        if stopper.requested:
+            print(f"Stopped: {len(rows) + len(unreadable)} of {len(paths)} images were looked at")
+            break
         try:
             image = reader.load(path / name, small=True)
         except UnreadableImage as error:
@@ -197,8 +218,11 @@ def read_folder(reader: Reader, path: Path) -> int:
     if rows:
         write_csv(folder / "predictions.csv", rows)
         print(f"{len(rows)} images read: {folder / 'predictions.csv'}")
+        sides = sorted(min(row["width"], row["height"]) for row in rows)
+        if note := other_size(weights, sides[len(sides) // 2], reader.t.val_crop_size):
+            print(note)
     print(folder)
-    return 1 if unreadable else 0
+    return stopper.code if stopper.requested else 1 if unreadable else 0
 
 
 if __name__ == "__main__":

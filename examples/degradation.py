@@ -4,9 +4,10 @@
         --weights examples/tiny_imagenet/output/DarioNet.pt examples/tiny_imagenet/output/antialiased.pt
 
 The test images are reduced by transformations.scale in five ways: plain bilinear (as published), antialiased bilinear,
-antialiased bicubic, and plain bilinear stored as JPEG of quality 75 and 40. Every network, and bilinear enlarging,
-rebuilds all of them. The table has accuracies and, in brackets, the fraction recovered of what bilinear loses on the
-same small images; table and numbers go to assets/logs/degradation_<stamp>/.
+antialiased bicubic, and plain bilinear stored as JPEG of quality 75 and 40. Every network rebuilds all of them, and
+brings them to size as it was trained to; so does bilinear enlarging. The table has accuracies and, in brackets, the
+fraction recovered of what bilinear loses on the same small images; table and numbers go to
+assets/logs/degradation_<stamp>/.
 """
 
 import io
@@ -17,12 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import NO_LABEL, ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.metrics import write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import choose_runtime, make_deterministic, new_run_folder
 from models.classifier import FrozenClassifier
-from models.darionet import load_rrdbnet
+from models.darionet import load_rrdbnet, trained_for
+from models.errors import InputError
 from models.pipeline import Pipeline
 
 # name: interpolation, antialias, JPEG quality
@@ -58,14 +60,29 @@ def main() -> None:
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
     targets = torch.tensor(dataset.targets(classifier.class_names))
-    networks = {"Bilinear": None} | {path: load_rrdbnet(path, runtime.device) for path in arguments.weights}
+    if NO_LABEL in targets:
+        raise InputError(f"{dataset.root}: holds no class folders, and without labels there is no accuracy to measure")
+    networks = {"Bilinear": Pipeline("Bilinear", classifier, scale=None)}
+    for path in arguments.weights:
+        note = {"interpolation": t.interpolation, "antialias": t.antialias} | trained_for(path)
+        networks[path] = Pipeline(
+            path,
+            classifier,
+            upscaler=load_rrdbnet(path, runtime.device),
+            scale=None,
+            interpolation=note["interpolation"],
+            antialias=note["antialias"],
+        )
     batches = epoch_batches(
         len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=False, limit=options.batches_per_epoch
     )
 
     right = {name: dict.fromkeys(networks, 0) for name in DEGRADATIONS}
-    original = count = 0
+    original = count = unreadable = 0
     for batch in tqdm(make_loader(dataset, batches, parameters.data.workers, False), unit="batch", disable=None):
+        unreadable += len(batch.unreadable)
+        if not len(batch.images):
+            continue
         images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)
         size = tuple(images.shape[-2:])
         original += (classifier(images).argmax(1) == target).sum().item()
@@ -74,9 +91,10 @@ def main() -> None:
             making = {"scale": t.scale, "interpolation": interpolation, "antialias": antialias}
             small = Pipeline("small", classifier, **making).reduce(images)
             small = small if quality is None else through_jpeg(small, quality)
-            for path, network in networks.items():
-                logits = Pipeline(path, classifier, upscaler=network, scale=None)(small, size)[2]
-                right[name][path] += (logits.argmax(1) == target).sum().item()
+            for path, pipeline in networks.items():
+                right[name][path] += (pipeline(small, size)[2].argmax(1) == target).sum().item()
+    if not count:
+        raise InputError(f"{dataset.root}: none of its images could be read")
 
     accuracy = {name: {path: hits / count for path, hits in row.items()} for name, row in right.items()}
     lines = [f"| small images | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
@@ -92,6 +110,8 @@ def main() -> None:
     write_json(folder / "results.json", {"n": count, "original": original / count, "accuracy": accuracy})
     (folder / "results.md").write_text(table, encoding="utf-8")
     print(table)
+    if unreadable:
+        print(f"{unreadable} images could not be read and were not scored")
     print(folder)
 
 

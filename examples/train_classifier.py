@@ -20,7 +20,7 @@ from tqdm import tqdm
 from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import choose_runtime, make_deterministic
-from models.classifier import IMAGENET_MEAN, IMAGENET_STD, save_classifier
+from models.classifier import IMAGENET_MEAN, IMAGENET_STD, published_weights, save_classifier
 from models.errors import InputError
 
 
@@ -33,6 +33,8 @@ def main() -> None:
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--shift", type=int, default=0, help="largest random shift of the pictures, in pixels")
     arguments = parser.parse_args()
+    if arguments.epochs < 1 or arguments.batch_size < 2:
+        raise InputError("--epochs has to be at least 1 and --batch-size at least 2")
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
     t, data, seed = parameters.transformations, parameters.data, parameters.training.seed
 
@@ -48,6 +50,8 @@ def main() -> None:
 
     # Residual branches that start at zero (Goyal et al. 2017, section 5.1) let ResNets learn in a few hundred steps.
     name = parameters.classifier.architecture
+    if parameters.classifier.weights in published_weights(name):
+        raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
     extra = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
     network = get_model(name, weights=None, num_classes=len(class_names), **extra)
     network = network.to(runtime.device, memory_format=torch.channels_last)

@@ -1,5 +1,6 @@
 """Reading images as a viewer would show them, transforms, folders of classes, and loaders."""
 
+import hashlib
 import os
 import random
 import signal
@@ -67,9 +68,10 @@ def turn_upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise UnreadableImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # 16 bits a pixel: scaled, where Pillow's own conversion clips
-        pixels = np.asarray(image).astype(np.float64)
-        return Image.fromarray(np.clip(np.round(pixels / 257), 0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode.startswith("I"):  # 16 bits a pixel: scaled and rounded, where Pillow's own conversion clips
+        pixels = np.asarray(image)
+        pixels = pixels.clip(0, 65535) if pixels.dtype.itemsize > 2 else pixels
+        return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -139,6 +141,10 @@ class ImageFolder(Dataset):
         except UnreadableImage as error:
             return index, str(error)
         return index, self.transform(image, index)
+
+    def fingerprint(self) -> str:
+        """The first 16 digits of a SHA-256 of the names of its images."""
+        return hashlib.sha256(os.fsencode("\0".join(self.paths))).hexdigest()[:16]
 
     def folder_of(self, index: int) -> str:
         """Name of the class folder, empty for an image that lies in `root` itself."""

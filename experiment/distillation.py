@@ -148,7 +148,10 @@ def train_epoch(
             norm = nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_norm or math.inf)
             # The one time in a step that the host waits for the device.
             value, squared_error, norm = torch.cat([runtime.sum(sums), norm.double().view(1)]).tolist()
-            if math.isfinite(value) and (scaler.is_enabled() or math.isfinite(norm)):
+            # With loss scaling a gradient may overflow: the scaler skips the step, and halves its scale.
+            taken = math.isfinite(value) and math.isfinite(norm)
+            settling = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() >= 1
+            if taken:
                 scaler.step(optimizer)
                 scaler.update()
                 progress.images += int(count)
@@ -159,7 +162,7 @@ def train_epoch(
                 if scaler.is_enabled():
                     scaler.update()
                 progress.skipped += 1
-                progress.bad_in_a_row += 1
+                progress.bad_in_a_row += not settling
                 if progress.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
                     raise InputError(
                         f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower training.learning_rate, "
@@ -173,7 +176,7 @@ def train_epoch(
         bar.set_postfix_str(f"loss {mean:.4f}, {psnr:.2f} dB, {progress.images / progress.seconds:.1f} images/s", False)
         bar.update()
         after_step()
-        if stopper.requested:
+        if stops or (runtime.processes == 1 and stopper.requested):  # several agree on it at the next step
             return
 
 

@@ -50,7 +50,7 @@ def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int]
 
 
 def mean(values: list[float | None]) -> float | None:
-    return None if None in values else math.fsum(values) / len(values)
+    return math.fsum(values) / len(values) if None not in values and all(map(math.isfinite, values)) else None
 
 
 def bootstrap(correct: dict[str, np.ndarray], seed: int) -> tuple[dict[str, float], dict[str, np.ndarray]]:

@@ -4,16 +4,18 @@ No torch here: the samplers start without it.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from models.errors import InputError
+from models.errors import InputError, OneProcessError
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
@@ -121,6 +123,16 @@ class Parameters(Section):
     classifier: Classifier = Classifier()
     darionet: DarioNet = DarioNet()
 
+    @model_validator(mode="after")
+    def nothing_is_overwritten(self) -> "Parameters":
+        written = os.path.normpath(self.darionet.weights)
+        others = {"darionet.initial_weights": self.darionet.initial_weights}
+        others["classifier.weights"] = self.classifier.weights
+        for key, path in others.items():
+            if path is not None and os.path.normpath(path) == written:
+                raise ValueError(f"darionet.weights names the same file as {key}, which training would overwrite")
+        return self
+
 
 def read_parameters(path: str | Path, settings: list[str] = ()) -> Parameters:
     """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top (values as JSON, else text).
@@ -219,28 +231,76 @@ def script_parser(description: str) -> ArgumentParser:
     return parser
 
 
+def remedy(error: Exception) -> str | None:
+    """What to do about an error that only the machine's limits raise; None for any other, a fault of the program."""
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+        return "out of GPU memory: close what else uses it, or lower the batch size"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return "out of memory: lower the batch size, the crop size or data.workers, or take a smaller network"
+    if "DataLoader worker" in str(error):
+        return "a process that reads images was killed, mostly for want of memory: lower data.workers"
+    return None
+
+
+class Unbroken:
+    """A text stream that goes on in silence where nobody reads any more: `| head`, or a tee that Ctrl-C ended.
+
+    A run's results do not depend on its audience.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with self.quietly():
+            return self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self.quietly():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def quietly(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: 0, its own code, 2 for what the user can mend, 1 for a disk that fails, 130 for Ctrl-C."""
     script = Path(sys.argv[0]).name
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one prints
         sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
         if os.environ.get("LOCAL_RANK", "0") != "0":  # and one a machine complains
             sys.stderr = sys.stdout
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a file name may hold any bytes
+    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
     try:
         code = main() or 0
     except InputError as error:
-        print(f"{script}: {shown(str(error), LONGEST_LINE)}", file=sys.stderr)
+        stream = sys.__stderr__ if isinstance(error, OneProcessError) else sys.stderr
+        print(f"{script}: {shown(str(error), LONGEST_LINE)}", file=stream)
         code = 2
     except KeyboardInterrupt:
         print(f"{script}: stopped", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except OSError as error:
         line = f"{error.strerror or error}: {error.filename or 'the disk'}"
         print(f"{script}: {shown(line, LONGEST_LINE)}", file=sys.stderr)
         code = 1
+    except Exception as error:
+        sys.stderr = sys.__stderr__  # a fault of this process is shown, whichever it is
+        line = remedy(error)
+        if line is None:
+            raise
+        print(f"{script}: {line}", file=sys.stderr)
+        code = 2
     sys.exit(code)

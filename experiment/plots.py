@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import matplotlib
-import matplotlib.pyplot as plt
+import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_pdf import PdfPages
@@ -19,16 +19,33 @@ GOOD, BAD, PLAIN = "#1a7f37", "#c0392b", "#30363d"
 COLOURS = {"Original": PLAIN, "Small": "#8b949e", "Bilinear": "#d1700a", "Bicubic": "#b5a642", "DarioNet": "#0b6fb8"}
 FEW = 40  # classes: up to here each is a point with a name, above they are a density
 SERIES = ("#0b6fb8", "#d1700a")
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-plt.rcParams.update({"grid.alpha": 0.3, "figure.dpi": 100, "savefig.dpi": 150})
+matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+matplotlib.rcParams.update({"grid.alpha": 0.3, "figure.dpi": 100, "savefig.dpi": 150})
 
 
-def save(figure: Figure, path: Path, show: bool = False) -> None:
-    """Writes a PNG atomically; with `show` also opens a window, where there is a screen."""
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: str, **options):
+    """As pyplot's, but no window is behind it: a run must not end because a screen does."""
+    figure = Figure(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
+
+
+def show_window(path: Path) -> None:
+    """Shows a PNG file in a window and waits until it is closed; does nothing without a screen."""
+    import matplotlib.pyplot as plt  # here alone: it looks for a screen
+
+    if plt.get_backend().lower() == "agg":
+        return
+    pixels = plt.imread(path)
+    figure = plt.figure(figsize=(pixels.shape[1] / 150, pixels.shape[0] / 150))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.imshow(pixels)
+    axes.set_axis_off()
+    plt.show()
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG atomically."""
     write_atomically(path, lambda file: figure.savefig(file, format="png", bbox_inches="tight", facecolor="white"))
-    if show and plt.get_backend().lower() != "agg":
-        plt.show()
-    plt.close(figure)
 
 
 def show_image(axes: Axes, image: Tensor, title: str = "", colour: str = PLAIN, nearest: bool = True) -> None:
@@ -46,7 +63,7 @@ def shorten(text: str, length: int = 22) -> str:
 def training_curves(history: list[dict], path: Path) -> None:
     """Loss, PSNR, and accuracy with agreement, over the epochs of history.csv."""
     epochs = [row["epoch"] for row in history]
-    figure, (loss, psnr, share) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, (loss, psnr, share) = subplots(1, 3, figsize=(12, 3.4), layout="constrained")
     for axes, name, keys in (
         (loss, "loss", ("train_loss", "val_loss")),
         (psnr, "PSNR (dB)", ("train_psnr_db", "val_psnr_db")),
@@ -73,7 +90,7 @@ def training_curves(history: list[dict], path: Path) -> None:
 def image_grid(columns: dict[str, list[Tensor]], titles: list[list[tuple[str, str]]] | None, path: Path) -> None:
     """Rows of images under named columns; `titles` may add a (text, colour) above every image, row by row."""
     rows = len(next(iter(columns.values())))
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         rows,
         len(columns),
         figsize=(1.9 * len(columns), (2.15 if titles else 1.95) * rows),
@@ -94,7 +111,7 @@ def results_table(variants: list[dict], caption: str, path: Path) -> None:
     """The results table as a figure, DarioNet's row set off."""
     cells = table_cells(variants)
     widths = [max(len(row[i]) for row in [HEADINGS, *cells]) + 2 for i in range(len(HEADINGS))]
-    figure, axes = plt.subplots(figsize=(0.085 * sum(widths), 0.3 * (len(cells) + 2)), layout="constrained")
+    figure, axes = subplots(figsize=(0.085 * sum(widths), 0.3 * (len(cells) + 2)), layout="constrained")
     axes.set_axis_off()
     table = axes.table(
         cells,
@@ -119,29 +136,29 @@ def results_table(variants: list[dict], caption: str, path: Path) -> None:
     save(figure, path)
 
 
-def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path, show: bool) -> None:
+def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path) -> None:
     """What is left of an image at several scales: a row of images per scale, named at its left."""
-    figure, axes = plt.subplots(
+    figure, axes = subplots(
         len(rows), len(headings), figsize=(2.2 * len(headings), 2.2 * len(rows)), squeeze=False, layout="constrained"
     )
     for r, (name, images) in enumerate(rows):
         for c, image in enumerate(images):
             show_image(axes[r, c], image, headings[c] if r == 0 else "")
         axes[r, 0].annotate(name, (-0.06, 0.5), xycoords="axes fraction", rotation=90, va="center", ha="right")
-    save(figure, path, show)
+    save(figure, path)
 
 
-def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path, show: bool) -> None:
+def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> None:
     """Images with what they are above and what the classifier says below."""
     rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.1 * columns, 3.5 * rows), squeeze=False, layout="constrained")
+    figure, axes = subplots(rows, columns, figsize=(3.1 * columns, 3.5 * rows), squeeze=False, layout="constrained")
     for place in axes.flat:
         place.set_axis_off()
     for place, (title, image, verdict) in zip(axes.flat, images, strict=False):
         show_image(place, image, nearest=max(image.shape[-2:]) < 128)
         place.set_title(title, fontsize=9, fontweight="bold")
         place.annotate(verdict, (0.5, -0.02), xycoords="axes fraction", ha="center", va="top", fontsize=9)
-    save(figure, path, show)
+    save(figure, path)
 
 
 def by_class(classes: list[dict]) -> dict[str, dict[str, float]]:
@@ -155,7 +172,7 @@ def by_class(classes: list[dict]) -> dict[str, dict[str, float]]:
 def f1_difference(classes: list[dict], path: Path) -> None:
     """Distribution over the classes of what rebuilding costs: F1 on the original minus F1 on the rebuilt image."""
     f1 = by_class(classes)
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axes = subplots(figsize=(7, 3.6), layout="constrained")
     original = f1["Original"]
     differences = {v: np.array([original[c] - f1[v][c] for c in original]) for v in ("Bilinear", "DarioNet")}
     everything = np.concatenate(list(differences.values()))
@@ -177,7 +194,7 @@ def f1_density(classes: list[dict], path: Path) -> None:
     names = list(f1["Original"])
     x = np.array([f1["Original"][c] for c in names])
     y = x - np.array([f1["DarioNet"][c] for c in names])
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = subplots(figsize=(7, 5), layout="constrained")
     if len(names) > FEW:
         density = axes.hexbin(x, y, gridsize=28, mincnt=1, cmap="viridis")
         figure.colorbar(density, label="classes")
@@ -203,7 +220,7 @@ def class_bars(classes: list[dict], path: Path, count: int = 10) -> None:
         ("furthest below the original", sorted(names, key=lambda c: dario[c] - original[c])),
     )
     shown = min(count, len(names))
-    figure, places = plt.subplots(1, 3, figsize=(13, 0.36 * shown + 1.2), layout="constrained", sharex=True)
+    figure, places = subplots(1, 3, figsize=(13, 0.36 * shown + 1.2), layout="constrained", sharex=True)
     for axes, (title, order) in zip(places, choices, strict=True):
         rows = np.arange(shown)
         for offset, (variant, values) in zip(
@@ -235,7 +252,7 @@ def decision_strip(rows: list[dict], path: Path) -> None:
     key = [v for v in ("Original", "DarioNet", "Bilinear") if v in variants]
     images.sort(key=lambda i: [-right[i, v] for v in key])
     grid = np.array([[right[i, v] for i in images] for v in variants])
-    figure, axes = plt.subplots(figsize=(10, 0.42 * len(variants) + 1.4), layout="constrained")
+    figure, axes = subplots(figsize=(10, 0.42 * len(variants) + 1.4), layout="constrained")
     colours = matplotlib.colors.ListedColormap([BAD, "#9fd3ac"])
     axes.imshow(
         grid,
@@ -258,7 +275,7 @@ def decision_strip(rows: list[dict], path: Path) -> None:
 
 def pipeline_figure(stages: list[tuple[str, Tensor]], scores: list[tuple[str, float]], path: Path) -> None:
     """What happens to one image, stage by stage, and the classifier's five highest probabilities at the end."""
-    figure, places = plt.subplots(1, len(stages) + 1, figsize=(2.7 * (len(stages) + 1), 2.9), layout="constrained")
+    figure, places = subplots(1, len(stages) + 1, figsize=(2.7 * (len(stages) + 1), 2.9), layout="constrained")
     for axes, (title, image) in zip(places, stages, strict=False):
         show_image(axes, image, f"{title}\n{image.shape[-1]} x {image.shape[-2]}")
         axes.annotate("→", (1.06, 0.5), xycoords="axes fraction", fontsize=16, ha="center", va="center")
@@ -282,7 +299,7 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
 
     def pages(file) -> None:
         with PdfPages(file) as pdf:
-            page, top = plt.figure(figsize=A4), MARGIN
+            page, top = Figure(figsize=A4), MARGIN
 
             def write(line: str, size: float, **style) -> None:
                 nonlocal top
@@ -292,14 +309,13 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
             def turn() -> None:
                 nonlocal page, top
                 pdf.savefig(page, dpi=100)
-                plt.close(page)
-                page, top = plt.figure(figsize=A4), MARGIN
+                page, top = Figure(figsize=A4), MARGIN
 
             write(title, 20, fontweight="bold")
             for line in text.splitlines():
                 write(line, 9)
             for heading, png in figures:
-                pixels = plt.imread(png)
+                pixels = matplotlib.image.imread(png)
                 shown = min(width, width * pixels.shape[1] / 1100)  # a narrow figure is not blown up
                 tall = shown * pixels.shape[0] / pixels.shape[1]
                 if top + tall + 0.5 > height:
@@ -315,7 +331,6 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
             for line in flattened(parameters):
                 write(line, 8, family="monospace")
             turn()
-            plt.close(page)
 
     write_atomically(path, pages)
 

@@ -6,7 +6,6 @@ import errno
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from models.errors import InputError
+from models.errors import InputError, OneProcessError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -107,7 +106,7 @@ def choose_runtime(precision: str) -> Runtime:
     Under torchrun it joins the other processes, each on the GPU of its local rank.
 
     Raises:
-        InputError: fp16 without a GPU.
+        InputError: fp16 without a GPU; more processes than GPUs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
@@ -122,7 +121,13 @@ def choose_runtime(precision: str) -> Runtime:
         raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
     if processes > 1:
         if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            local = int(os.environ["LOCAL_RANK"])
+            if local >= torch.cuda.device_count():
+                raise OneProcessError(
+                    f"process {local} has no GPU: there are {torch.cuda.device_count()}, lower torchrun's "
+                    "--nproc_per_node"
+                )
+            device = torch.device("cuda", local)
             torch.cuda.set_device(device)
         if not dist.is_initialized():
             join_processes("nccl" if device.type == "cuda" else "gloo")
@@ -134,6 +139,8 @@ def join_processes(backend: str) -> None:
 
     Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
     """
+    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise InputError("WORLD_SIZE is set and MASTER_ADDR is not: start several processes with torchrun")
     with lost_process():
         store, rank, processes = next(dist.rendezvous("env://"))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
@@ -186,12 +193,12 @@ def new_run_folder(kind: str, suffix: str = "") -> Path:
             time.sleep(0.2)
 
 
-def out_of_memory(runtime: Runtime, batch_size: int, key: str) -> InputError:
+def out_of_memory(runtime: Runtime, batch_size: int, key: str) -> OneProcessError:
     """The line for a GPU whose memory does not suffice."""
     total = ""
     if runtime.device.type == "cuda":
         total = f" of {torch.cuda.get_device_properties(runtime.device).total_memory / 2**30:.0f} GiB"
-    return InputError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}")
+    return OneProcessError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}")
 
 
 class Stopper:
@@ -219,7 +226,8 @@ class Stopper:
             raise KeyboardInterrupt
         self.signal = number
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n{signal.Signals(number).name}: stopping after this step", file=sys.stderr)
+            with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads our output, such as tee
+                os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
     def stop_with_others(self) -> None:
         """Another process was asked to stop."""

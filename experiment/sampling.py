@@ -88,8 +88,10 @@ def sample(
     Raises:
         InputError: a target holds something else, or is (or is in, or holds) the source.
     """
+    if not any(map(len, (names for images in parts.values() for names in images.values()))):
+        raise InputError(f"{source}: its class folders hold no images ({', '.join(EXTENSIONS)})")
     for target, images in parts.items():
-        refuse_overlap(source, target)
+        refuse_overlap(target, source)
         manifest = {"source": os.path.abspath(source), "seed": seed, "fraction": fraction}
         prepare_target(Path(target), manifest, images, overwrite)
         total = sum(map(len, images.values()))
@@ -111,10 +113,11 @@ def sample(
         print(f"{target}: {total} images of {len(images)} classes from {source} (seed {seed}, fraction {fraction})")
 
 
-def refuse_overlap(source: str, target: str) -> None:
-    a, b = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+def refuse_overlap(target: str, other: str) -> None:
+    """Raises InputError where one of two folders is the other, or holds it."""
+    a, b = Path(os.path.realpath(other)), Path(os.path.realpath(target))
     if a == b or a in b.parents or b in a.parents:
-        raise InputError(f"{target}: has to lie outside its source {source}")
+        raise InputError(f"{target}: has to lie outside {other}")
 
 
 def prepare_target(target: Path, manifest: dict, images: dict[str, list[str]], overwrite: bool) -> None:

@@ -1,5 +1,6 @@
 """FrozenClassifier: the teacher of the distillation. It normalises its own input and never changes."""
 
+import hashlib
 import json
 from pathlib import Path
 from urllib.error import URLError
@@ -41,9 +42,7 @@ class FrozenClassifier(nn.Module):
 
     def __init__(self, architecture: str = "resnet50", weights: str = "IMAGENET1K_V1"):
         super().__init__()
-        if architecture not in list_models(module=torchvision.models):
-            raise InputError(f"classifier.architecture: torchvision has no classifier named {architecture!r}")
-        published = {entry.name: entry for entry in get_model_weights(architecture)}
+        published = published_weights(architecture)
         if weights in published:
             entry = published[weights]
             self.network = download(architecture, entry)
@@ -59,7 +58,7 @@ class FrozenClassifier(nn.Module):
             self.network = get_model(architecture, weights=None, num_classes=classes)
             load_strictly(self.network, state, weights)
             self.class_names = own_class_names(contents, classes, weights)
-            mean, std = contents.get("mean", IMAGENET_MEAN), contents.get("std", IMAGENET_STD)
+            mean, std = own_normalisation(contents, weights)
         else:
             raise InputError(
                 f"classifier.weights: {weights!r} is neither a file nor one of torchvision's for {architecture} "
@@ -101,6 +100,32 @@ class FrozenClassifier(nn.Module):
             self.fold(dtype)
         return self.folded.get(dtype) or self.network
 
+    @torch.no_grad()
+    def reads(self, height: int, width: int) -> bool:
+        """Whether it takes images of this size: some architectures want one size, others can't read small ones."""
+        try:
+            self.network(self.mean.new_zeros(1, 3, height, width))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # each architecture has its own way of refusing
+            return False
+        return True
+
+    def require(self, side: int, key: str) -> None:
+        """Raises InputError where it can't read images of `side` x `side` pixels, the value of the parameter `key`."""
+        if not self.reads(side, side):
+            raise InputError(
+                f"the classifier can't read images of {side}x{side} pixels ({key}): set transformations.resize_size, "
+                "train_crop_size and val_crop_size to the size that it was made for, such as 224"
+            )
+
+    def fingerprint(self) -> str:
+        """The first 16 digits of a SHA-256 of its weights and buffers."""
+        sha256 = hashlib.sha256()
+        for tensor in self.state_dict().values():
+            sha256.update(tensor.cpu().contiguous().numpy())
+        return sha256.hexdigest()[:16]
+
     def train(self, mode: bool = True) -> "FrozenClassifier":
         """Stays in evaluation mode, whatever is asked: BatchNorm statistics that drift would change the teacher."""
         return super().train(False)
@@ -119,6 +144,17 @@ class FrozenClassifier(nn.Module):
         finally:
             hook.remove()
         return logits, seen[0].flatten(1)
+
+
+def published_weights(architecture: str) -> dict:
+    """torchvision's weights of an architecture, by their names.
+
+    Raises:
+        InputError: torchvision has no such classifier.
+    """
+    if architecture not in list_models(module=torchvision.models):
+        raise InputError(f"classifier.architecture: torchvision has no classifier named {architecture!r}")
+    return {entry.name: entry for entry in get_model_weights(architecture)}
 
 
 def download(architecture: str, entry) -> nn.Module:
@@ -153,6 +189,8 @@ def head_size(architecture: str, state: dict[str, Tensor], path: str) -> int:
         key = f"{head_of(get_model(architecture, weights=None))[0]}.weight"
     if key not in state:
         raise InputError(f"{path}: {key} is missing; are these weights of a {architecture} (classifier.architecture)?")
+    if state[key].ndim < 2:
+        raise InputError(f"{path}: {key} is {list(state[key].shape)}, no layer's weights")
     return state[key].shape[0]
 
 
@@ -164,6 +202,21 @@ def own_class_names(contents: dict, classes: int, path: str) -> list[str]:
     if not isinstance(names, list) or len(names) != classes or len(set(map(str, names))) != classes:
         raise InputError(f"{path}: class_names has to list the {classes} names of its classes, each once")
     return [str(name) for name in names]
+
+
+def own_normalisation(contents: dict, path: str) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation stored beside the weights; ImageNet's where there are none."""
+    found = contents.get("mean", IMAGENET_MEAN), contents.get("std", IMAGENET_STD)
+    try:
+        mean, std = (torch.tensor(values, dtype=torch.float64) for values in found)
+        fits = mean.shape == std.shape == (3,) and bool(
+            mean.isfinite().all() and std.isfinite().all() and std.min() > 0
+        )
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: mean and std have to be three numbers each, std over 0; found {found}"[:300])
+    return mean.tolist(), std.tolist()
 
 
 def save_classifier(

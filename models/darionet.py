@@ -8,6 +8,7 @@ from torch import nn
 
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
+from models.scaler import reduced_length
 from models.weights import generator_size, load_generator, load_strictly
 
 
@@ -62,8 +63,8 @@ def load_upscalers(
     """
     if not Path(weights).is_file():
         raise InputError(
-            f"{weights}: no such weights file; `python train_darionet.py` makes it, "
-            "`make demo` leaves its own in examples/shapes/output/DarioNet.pt (--weights FILE)"
+            f"{weights}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
+            "--parameters examples/shapes/parameters.json"
         )
     upscalers = {}
     if initial_weights is not None and Path(initial_weights).is_file():
@@ -75,9 +76,14 @@ def load_upscalers(
 def initial_name(path: str) -> str:
     """What tables call the initial weights: "Pixels" where this project trained them on pixels alone, else "ESRGAN"."""
     loss = trained_for(path).get("loss")
-    if loss is None:
+    if not isinstance(loss, dict):
         return "ESRGAN"
-    return "Pixels" if not loss["logits"] and not loss["features"] else "Initial"
+    return "Pixels" if not loss.get("logits") and not loss.get("features") else "Initial"
+
+
+def note_of(weights: str | Path) -> Path:
+    """The JSON file beside a weights file, FILE.json, that says what the weights were trained for."""
+    return Path(f"{weights}.json")
 
 
 def trained_for(path: str) -> dict:
@@ -86,7 +92,7 @@ def trained_for(path: str) -> dict:
     Raises:
         InputError: the file is damaged.
     """
-    beside = Path(path).with_suffix(".json")
+    beside = note_of(path)
     if not beside.is_file():
         return {}
     try:
@@ -100,6 +106,18 @@ def other_input(path: str, scale: float, interpolation: str, antialias: bool) ->
     note, now = trained_for(path), {"scale": scale, "interpolation": interpolation, "antialias": antialias}
     different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if note.get(key, value) != value]
     return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
+
+
+def other_size(path: str, side: int, full_side: int) -> str | None:
+    """A line that says how images that are small already differ in size from what the weights were trained for.
+
+    `side` is their shorter side and `full_side` what it is rebuilt to, in pixels; None within a quarter, or unknown.
+    """
+    scale = trained_for(path).get("scale", side / full_side)
+    trained = reduced_length(full_side, scale)
+    if 0.8 <= side / trained <= 1.25:
+        return None
+    return f"Note: {path} was trained for small images of {trained} pixels, not {side}; expect less"
 
 
 def prepare(network: RRDBNet, device: torch.device | str) -> RRDBNet:

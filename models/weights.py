@@ -5,6 +5,7 @@ and what is written has those names.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -33,6 +34,8 @@ PUBLISHED = {
     "RealESRGAN_x4plus.pth": "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
 }
 WRAPPERS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net")
+LARGEST = 1024  # features or growth of a generator
+DEEPEST = 5  # wrappers within wrappers
 PREFIXES = ("module.", "netG.", "layers.0.", "0.")
 # BasicSR's and Real-ESRGAN's names for the ESRGAN repository's, then those of the first ESRGAN release.
 BASICSR_NAMES = {
@@ -91,15 +94,27 @@ def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: there is none.
     """
-    for wrapper in WRAPPERS:
-        if isinstance(contents, dict) and isinstance(contents.get(wrapper), dict):
-            return unwrap(contents[wrapper], path)
-    if not isinstance(contents, dict) or not contents or not all(isinstance(v, Tensor) for v in contents.values()):
+    for _ in range(DEEPEST):
+        inner = [contents[w] for w in WRAPPERS if isinstance(contents, dict) and isinstance(contents.get(w), dict)]
+        if not inner:
+            break
+        contents = inner[0]
+    if not isinstance(contents, dict) or not contents or not all(is_plain(k, v) for k, v in contents.items()):
         raise InputError(f"{path}: holds no state dict (a dictionary of tensors)")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in contents):
-            return unwrap({key.removeprefix(prefix): tensor for key, tensor in contents.items()}, path)
+    for _ in range(DEEPEST):
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in contents):
+                contents = {key.removeprefix(prefix): tensor for key, tensor in contents.items()}
     return contents
+
+
+def is_plain(key: object, value: object) -> bool:
+    """Whether this is an entry of a state dict: a name, and a tensor with a place in memory for every value."""
+    if not isinstance(key, str) or not isinstance(value, Tensor):
+        return False
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def load_generator(path: str | Path) -> dict[str, Tensor]:
@@ -116,7 +131,10 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
         raise InputError(
             f"{path}: not an RRDBNet: conv_first.weight is missing, its first key is {next(iter(weights))}"
         )
-    if first.ndim == 4 and first.shape[1] == 12:
+    features, blocks, growth = generator_size(weights)
+    if first.ndim != 4 or max(features, growth) > LARGEST or blocks > len(weights):
+        raise InputError(f"{path}: not an RRDBNet: {features} features, {blocks} blocks, {growth} growth")
+    if first.shape[1] == 12:
         raise InputError(f"{path}: an RRDBNet for a factor of 2; this project needs one for a factor of 4")
     return weights
 
@@ -144,8 +162,9 @@ def esrgan_names(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def generator_size(weights: dict[str, Tensor]) -> tuple[int, int, int]:
     """(features, blocks, growth) of the RRDBNet whose state dict this is."""
     blocks = 1 + max((int(m[1]) for k in weights if (m := re.match(r"RRDB_trunk\.(\d+)\.", k))), default=-1)
-    growth = weights.get("RRDB_trunk.0.RDB1.conv1.weight", torch.empty(0)).shape[0]
-    return weights["conv_first.weight"].shape[0], blocks, growth
+    sizes = [weights.get(key, torch.empty(0)) for key in ("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight")]
+    features, growth = (tensor.shape[0] if tensor.ndim else 0 for tensor in sizes)
+    return features, blocks, growth
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
@@ -214,6 +233,17 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises OSError where `write_atomically` could not write `path` now."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = open_partial(path)
+    os.close(descriptor)
+    os.unlink(name)
 
 
 def open_partial(path: Path) -> tuple[int, str]:

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in every phase, to the process alone and to its whole group: exit code, checkpoint, resume.
 
-python soak/signals.py 1      so many rounds over all phases
+python soak/signals.py        every case
+python soak/signals.py 6      every sixth
 """
 
 import functools

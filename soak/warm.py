@@ -122,7 +122,7 @@ def same(a: object, b: object) -> bool:
 def ends_as(folder: Path, reference: Path) -> bool:
     """Whether a finished run left what the uninterrupted one left: state, weights, note; and no temporary file."""
     weights = [torch.load(place / "DarioNet.pt", weights_only=True) for place in (folder, reference)]
-    notes = [json.loads((place / "DarioNet.json").read_text()) | {"run": ""} for place in (folder, reference)]
+    notes = [json.loads((place / "DarioNet.pt.json").read_text()) | {"run": ""} for place in (folder, reference)]
     files = [{p.name for p in place.rglob("*")} - {run_folder(place).name} for place in (folder, reference)]
     return (
         same(checkpoint(folder), checkpoint(reference))

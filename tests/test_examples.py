@@ -1,5 +1,6 @@
 """The examples' own scripts; train_classifier.py is tested with the other scripts."""
 
+import hashlib
 import io
 import json
 import tarfile
@@ -61,9 +62,24 @@ def test_tiny_imagenet_is_arranged(tmp_path, monkeypatch, name):
     prepare(monkeypatch, archive, "--folder", tmp_path / "data", "--classes", *WNIDS[:2], "--held-out", "0.1")
     train, val = tmp_path / "data" / "train_original", tmp_path / "data" / "val_original"
     for folder, count in ((train, 18), (val, 2 + 4)):
-        assert sorted(p.name for p in folder.iterdir()) == WNIDS[:2]
+        assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == WNIDS[:2]
         assert [len(list((folder / wnid).iterdir())) for wnid in WNIDS[:2]] == [count, count]
     assert not {p.name for p in train.rglob("*.JPEG")} & {p.name for p in val.rglob("*.JPEG")}
+
+
+def test_another_choice_leaves_no_photograph_of_the_one_before(tmp_path, monkeypatch):
+    """Else a photograph could be trained on and tested with."""
+    archive = pack(tmp_path / "a.zip", official_layout())
+    for options in (
+        ["--all"],
+        ["--classes", WNIDS[0], "--held-out", "0.1"],
+        ["--classes", WNIDS[0], "--held-out", "0.4"],
+    ):
+        prepare(monkeypatch, archive, "--folder", tmp_path / "data", *options)
+    train, val = (
+        {p.name for p in (tmp_path / "data" / part).rglob("*.JPEG")} for part in ("train_original", "val_original")
+    )
+    assert (len(train), len(val), train & val) == (12, 8 + 4, set())
 
 
 def test_an_archive_cannot_write_outside_the_folder(tmp_path, monkeypatch):
@@ -123,8 +139,6 @@ def test_drawn_pictures(tmp_path, monkeypatch):
 
 def imagenette_archive(path, monkeypatch):
     """A stand-in for Imagenette's archive: the same layout, and its own hash in torchvision's table."""
-    import hashlib
-
     from torchvision.datasets import Imagenette
 
     files = {}
@@ -168,12 +182,20 @@ def test_imagenette_without_network_or_with_a_wrong_archive(tmp_path, monkeypatc
         prepare_imagenette(monkeypatch, "--folder", tmp_path / "data")
     with pytest.raises(InputError, match=r"other\.tgz: no such archive"):
         prepare_imagenette(monkeypatch, "--folder", tmp_path / "data", "--archive", tmp_path / "other.tgz")
+    (tmp_path / "evil").mkdir()
+    evil = pack(tmp_path / "evil" / "imagenette2.tgz", {"../../outside.txt": b"x"})
+    digest = hashlib.md5(evil.read_bytes()).hexdigest()
+    with monkeypatch.context() as patch:
+        patch.setattr(Imagenette, "_ARCHIVES", {"full": (evil.as_uri(), digest)})
+        with pytest.raises(InputError, match="can't be downloaded or unpacked"):
+            prepare_imagenette(patch, "--folder", tmp_path / "deep" / "er" / "data", "--archive", evil)
+    assert not list(tmp_path.rglob("outside.txt"))
     wrong = pack(tmp_path / "imagenette2.tgz", {"imagenette2/readme": b""})
     with pytest.raises(InputError, match="can't be downloaded or unpacked"):
         prepare_imagenette(monkeypatch, "--folder", tmp_path / "data", "--archive", wrong)
 
 
-def test_degradations(trained, monkeypatch, capsys):
+def test_degradations(trained, monkeypatch, capfd, start):
     """The plain row is what test.py finds; every other way makes other small images."""
     from examples import degradation
     from experiment.parameters import run_script
@@ -182,8 +204,12 @@ def test_degradations(trained, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         run_script(degradation.main)
     assert stop.value.code == 0
-    results = json.loads((trained / capsys.readouterr().out.split()[-1] / "results.json").read_text())
+    results = json.loads((trained / capfd.readouterr().out.split()[-1] / "results.json").read_text())
     assert results["n"] == 9 and list(results["accuracy"]) == list(degradation.DEGRADATIONS)
+    evaluated = json.loads((trained / start("test").out.split()[-1] / "results.json").read_text())
+    accuracy = {v["name"]: v["accuracy"] for v in evaluated["variants"]}
+    found = results["accuracy"]["bilinear"]
+    assert (found["Bilinear"], found["DarioNet.pt"]) == (accuracy["Bilinear"], accuracy["DarioNet"])
     images = torch.rand(2, 3, 16, 16)
     stored = degradation.through_jpeg(images, 75)
     assert stored.shape == images.shape and 0 < (stored - images).abs().mean() < 0.3

@@ -190,12 +190,40 @@ def test_why_it_is_not_read(tmp_path, name):
     assert "\n" not in str(error.value) and 3 < len(str(error.value)) <= 200
 
 
-@pytest.mark.skipif(os.getuid() == 0, reason="root may read everything")
 def test_a_file_that_may_not_be_read(tmp_path):
-    (tmp_path / "secret.png").write_bytes(READ["plain.png"][0])
-    (tmp_path / "secret.png").chmod(0)
-    with pytest.raises(UnreadableImage, match="Permission denied"):
-        read_image(tmp_path / "secret.png")
+    """In a child that is not root, whom nothing refuses."""
+    path = tmp_path / "secret.png"
+    path.write_bytes(READ["plain.png"][0])
+    path.chmod(0)
+    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    pid = os.fork()
+    if not pid:
+        code = 3
+        try:
+            if os.getuid() == 0:
+                os.setuid(65534)
+            read_image(path)
+        except UnreadableImage as error:
+            code = 0 if "Permission denied" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_what_a_large_image_may_take(tmp_path):
+    """48 megapixels of 16 bits, in a child that may take 1.5 GiB more than it has."""
+    Image.new("I;16", (8000, 6000), 256 * 200).save(tmp_path / "deep.png", compress_level=1)
+    pid = os.fork()
+    if not pid:
+        code = 3
+        try:
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + 3 * 2**29, used + 3 * 2**29))
+            code = 0 if read_image(tmp_path / "deep.png").getpixel((0, 0)) == (199, 199, 199) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def listed(folder: Path) -> dict[str, str]:

@@ -62,6 +62,7 @@ PLACES = {
     "--weights of test.py": ("test", "--weights", "bad.pt"),
     "initial_weights of test.py": ("test", "--set", "darionet.initial_weights=bad.pt"),
     "classifier.weights of test.py": ("test", "--set", "classifier.weights=bad.pt"),
+    "--classifier of test.py": ("test", "--classifier", "bad.pt"),
     "darionet.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.weights=bad.pt"),
     "--weights of try_darionet.py": ("try_darionet", "a.png", "--weights", "bad.pt"),
     "initial_weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.initial_weights=bad.pt"),

@@ -208,6 +208,14 @@ def test_weights_of_another_architecture(tmp_path):
         FrozenClassifier("vit_b_16", str(path))
 
 
+@pytest.mark.parametrize("values", ["text", 0.5, (0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, float("nan"))])
+def test_a_normalisation_that_is_none(tmp_path, values):
+    state = get_model("resnet18", weights=None, num_classes=2).state_dict()
+    torch.save({"state_dict": state, "class_names": ["a", "b"], "std": values}, tmp_path / "c.pt")
+    with pytest.raises(InputError, match="mean and std have to be three numbers"):
+        FrozenClassifier("resnet18", str(tmp_path / "c.pt"))
+
+
 # Pipeline
 
 

@@ -1,9 +1,10 @@
 import json
+import os
 
 import pytest
 from conftest import ROOT, one_line
 
-from experiment.parameters import Parameters, read_parameters
+from experiment.parameters import Parameters, Unbroken, read_parameters, remedy
 from models.errors import InputError
 
 
@@ -97,3 +98,33 @@ def test_every_script_refuses_in_one_line(script, start, tmp_path, monkeypatch):
     (tmp_path / "parameters.json").write_text('{"data": {"trian": "x"}}')
     one_line(start(script, *image), "parameters.json: data.trian: unknown key; known here: train_original, train")
     one_line(start(script, *image, "--sett", "x"), "--sett")
+
+
+def test_output_that_nobody_reads_any_more():
+    """`| head`, or a tee that Ctrl-C ended: the run goes on in silence."""
+    reader, writer = os.pipe()
+    stream = Unbroken(os.fdopen(writer, "w"))
+    stream.write("heard\n")
+    stream.flush()
+    assert os.read(reader, 100) == b"heard\n"
+    os.close(reader)
+    for _ in range(2):
+        stream.write("unheard\n")
+        stream.flush()
+
+
+@pytest.mark.parametrize(
+    ("error", "part"),
+    [
+        (MemoryError(), "lower the batch size"),
+        (
+            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
+            "lower the batch size",
+        ),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "data.workers"),
+        (RuntimeError("a fault of the program"), None),
+    ],
+)
+def test_what_the_machine_cannot_do(error, part):
+    line = remedy(error)
+    assert line is None if part is None else part in line and "\n" not in line

@@ -97,7 +97,16 @@ def test_a_folder_of_the_users_own_is_never_emptied(start, originals):
     (originals / "train" / "thesis.txt").write_text("mine")
     one_line(start("img_sampler_train", "--overwrite"), "not empty, and not written by a sampler")
     assert (originals / "train" / "thesis.txt").read_text() == "mine"
-    one_line(start("img_sampler_train", "--set", "data.train=train_original/part"), "outside its source")
+    one_line(start("img_sampler_train", "--set", "data.train=train_original/part"), "has to lie outside train_original")
+
+
+def test_validation_and_test_must_not_share_a_folder(start, originals):
+    for test in ("val", "./val", "val/part"):
+        one_line(start("img_sampler_val", "--set", f"data.test={test}"), "has to lie outside")
+    (originals / "empty" / "cats").mkdir(parents=True)
+    one_line(
+        start("img_sampler_train", "--set", "data.train_original=empty"), "empty: its class folders hold no images"
+    )
 
 
 def test_links(start, originals):

@@ -52,7 +52,7 @@ def test_training_writes_everything(start, experiment):
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     samples = {"samples/epoch_01.png", "samples/epoch_02.png"}
     checkpoints = {"checkpoint.pt", "checkpoint_previous.pt"}
-    assert names == {"parameters.json", "history.csv", "best.pt", "curves.png"} | checkpoints | samples
+    assert names == {"parameters.json", "history.csv", "best.pt", "best.pt.json", "curves.png"} | checkpoints | samples
     history = read_csv(folder / "history.csv")
     assert [row["epoch"] for row in history] == ["1", "2"]
     best = min(float(row["val_loss"]) for row in history)
@@ -60,7 +60,7 @@ def test_training_writes_everything(start, experiment):
     weights = torch.load("DarioNet.pt", weights_only=True)
     RRDBNet(8, 1, 4).load_state_dict(weights)
     assert same_state(weights, torch.load(folder / "best.pt", weights_only=True))
-    assert json.loads(Path("DarioNet.json").read_text())["scale"] == 0.32
+    assert json.loads(Path("DarioNet.pt.json").read_text())["scale"] == 0.32
     assert "12 in train" in result.out and "6 in val" in result.out and "random weights" in result.out
     resolved = json.loads((folder / "parameters.json").read_text())
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
@@ -98,6 +98,16 @@ def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, 
     assert resumed.code == 0, resumed.err
     assert last_line(resumed) == folder
     assert same_state(checkpoint(folder), checkpoint(whole) | {"parameters": checkpoint(folder)["parameters"]})
+
+
+def test_resuming_with_other_images_or_another_classifier_is_refused(start, experiment):
+    start("train_darionet", "--set", "training.epochs=1")
+    draw("discs", 99).save(experiment / "val" / "discs" / "new.png")
+    one_line(start("train_darionet", "--resume"), "images.data.val")
+    (experiment / "val" / "discs" / "new.png").unlink()
+    network = get_model("resnet18", weights=None, num_classes=len(CLASSES))
+    save_classifier(network.state_dict(), CLASSES, "classifier.pt")
+    one_line(start("train_darionet", "--resume"), "classifier_weights")
 
 
 def test_resuming_with_other_parameters_is_refused_by_name(start, experiment):
@@ -235,7 +245,7 @@ def test_any_frozen_classifier_and_transfer(start, experiment):
     folders = ["--set", "data.train=photographs", "--set", "data.val=photographs", "--set", "training.epochs=1"]
     result = start("train_darionet", *own, *folders)
     assert result.code == 0, result.err
-    assert json.loads(Path("DarioNet.json").read_text())["classifier"]["weights"] == "mine.pt"
+    assert json.loads(Path("DarioNet.pt.json").read_text())["classifier"]["weights"] == "mine.pt"
     mine_alone = json.loads((last_line(start("test", *own)) / "results.json").read_text())
     transferred = json.loads((last_line(start("test", "--classifier", "mine.pt")) / "results.json").read_text())
     other = json.loads((last_line(start("test", "--classifier", "classifier.pt")) / "results.json").read_text())
@@ -270,14 +280,14 @@ def test_try_one_image(start, trained):
 
 def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
     note = {"scale": 0.5, "interpolation": "bilinear", "antialias": True}
-    Path("DarioNet.json").write_text(json.dumps(note))
+    Path("DarioNet.pt.json").write_text(json.dumps(note))
     draw("checks", 5).save("a.png")
     for call in (["test"], ["try_darionet", "a.png"]):
         assert "trained for scale 0.5, not 0.32, antialias True, not False" in start(*call).out
         matching = ["--set", "transformations.scale=0.5", "--set", "transformations.antialias=true"]
         assert "trained for" not in start(*call, *matching).out
-    Path("DarioNet.json").write_text("[")
-    one_line(start("test"), "DarioNet.json", "remove it")
+    Path("DarioNet.pt.json").write_text("[")
+    one_line(start("test"), "DarioNet.pt.json", "remove it")
 
 
 def test_try_small_images(start, trained):
@@ -311,7 +321,7 @@ def test_try_what_is_no_image(start, trained):
 def test_without_weights_it_says_how_to_get_them(start, experiment):
     draw("discs", 1).save("a.png")
     for call in (["try_darionet", "a.png"], ["test"]):
-        one_line(start(*call), "DarioNet.pt", "train_darionet.py", "make demo")
+        one_line(start(*call), "DarioNet.pt", "train_darionet.py", "make demo", "--parameters examples/shapes")
     one_line(start("test", "--weights", "other.pt"), "other.pt: no such weights file")
 
 
@@ -346,7 +356,87 @@ def test_a_full_disk_leaves_the_checkpoint(start, experiment, monkeypatch):
     assert (folder / "checkpoint.pt").read_bytes() == before and not list(experiment.glob("**/.*"))
 
 
+def test_weights_that_could_not_be_written_are_refused_before_training(start, experiment):
+    (experiment / "a folder").mkdir()
+    (experiment / "a file").write_text("mine")
+    for path in ("a folder", "a file/DarioNet.pt", f"{'x' * 300}.pt"):
+        result = start("train_darionet", "--set", f"darionet.weights={path}")
+        one_line(result, path[:100], "change darionet.weights")
+    for key in ("darionet.initial_weights", "classifier.weights"):
+        same = ("--set", f"{key}=a.pt", "--set", "darionet.weights=./a.pt")
+        one_line(start("train_darionet", *same), f"the same file as {key}")
+
+
+def test_a_classifier_that_cannot_read_small_images(start, trained):
+    """Some architectures refuse a size: the row is left out, or one line says which parameter to change."""
+    torch.manual_seed(0)
+    network = get_model("squeezenet1_1", weights=None, num_classes=len(CLASSES))
+    save_classifier(network.state_dict(), CLASSES, "squeeze.pt", architecture="squeezenet1_1")
+    result = start("test", "--classifier", "squeeze.pt", "--set", "transformations.scale=0.1")
+    assert result.code == 0 and "Left out: Small, since squeezenet1_1 can't read 3x3 pixels" in result.out
+    variants = json.loads((last_line(result) / "results.json").read_text())["variants"]
+    assert [v["name"] for v in variants] == ["Original", "Bilinear", "Bicubic", "DarioNet"]
+    own = ["--set", "classifier.weights=squeeze.pt", "--set", "classifier.architecture=squeezenet1_1"]
+    small = ["--set", "transformations.val_crop_size=3"]
+    draw("checks", 5).save("a.png")
+    for call in (["train_darionet"], ["test"], ["try_darionet", "a.png"]):
+        one_line(start(*call, *own, *small), "can't read images of 3x3 pixels", "transformations.val_crop_size")
+
+
+def test_a_run_whose_validation_was_never_finite_says_so(start, experiment, monkeypatch):
+    from experiment import distillation
+
+    monkeypatch.setattr(distillation, "psnr_db", lambda error: 1.0)
+    loss = distillation.distillation_loss
+
+    def spoilt(pipeline, images, **weights):
+        losses = loss(pipeline, images, **weights)
+        if not torch.is_grad_enabled():
+            losses.total = losses.total * float("nan")
+        return losses
+
+    monkeypatch.setattr(distillation, "distillation_loss", spoilt)
+    result = start("train_darionet")
+    assert result.code == 2 and "never finite" in result.err and not Path("DarioNet.pt").exists()
+
+
+def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, trained, monkeypatch):
+    import experiment.evaluation
+
+    def stopping(function, number):
+        calls = []
+
+        def call(*arguments):
+            calls.append(1)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(experiment.evaluation, "to_float", stopping(experiment.evaluation.to_float, 1))
+        result = start("test")
+    assert result.code == 143 and "start it again" in result.out and last_line(result).is_dir()
+    draw_folder(trained / "icons", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("experiment.data.to_float", stopping(experiment.data.to_float, 3))
+        result = start("try_darionet", "--small", "icons")
+    assert result.code == 143 and "Stopped: 3 of 6 images" in result.out
+    assert len(read_csv(last_line(result) / "predictions.csv")) == 3
+
+
+def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
+    Path("DarioNet.pt.json").write_text(json.dumps({"scale": 0.32}))
+    for side, said in ((10, False), (20, True)):
+        draw("discs", 1, side).save("icon.png")
+        result = start("try_darionet", "--small", "icon.png")
+        assert ("trained for small images of 10 pixels, not 20" in result.out) == said
+
+
 def test_out_of_memory_is_one_line(start, trained, monkeypatch):
+    """Where the batch size is known it is named; elsewhere the line is a general one."""
+    import experiment.data
     from experiment import distillation, evaluation
 
     def full(*arguments):
@@ -356,6 +446,9 @@ def test_out_of_memory_is_one_line(start, trained, monkeypatch):
     monkeypatch.setattr(evaluation, "to_float", full)
     one_line(start("train_darionet"), "out of GPU memory at batch size 4: lower training.batch_size")
     one_line(start("test"), "out of GPU memory at batch size 4: lower test.batch_size")
+    monkeypatch.setattr(experiment.data, "to_float", full)
+    draw("checks", 5).save("a.png")
+    one_line(start("try_darionet", "a.png"), "out of GPU memory")
 
 
 def test_the_default_without_imagenet(tmp_path):

@@ -6,7 +6,7 @@ import stat
 import pytest
 import torch
 
-from models.darionet import build_darionet, initial_name, load_rrdbnet
+from models.darionet import build_darionet, initial_name, load_rrdbnet, note_of
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
 from models.weights import PUBLISHED, generator_size, load_file, load_generator, save_file
@@ -89,6 +89,19 @@ def test_each_thing_that_can_be_wrong_is_named(weights, tmp_path):
     refused({}, tmp_path, "no state dict")
 
 
+def test_odd_state_dicts_are_refused(weights, tmp_path):
+    loop: dict = {}
+    loop["model"] = loop
+    refused(loop, tmp_path, "no state dict")
+    refused({3: torch.ones(1)}, tmp_path, "no state dict")
+    first = "conv_first.weight"
+    for tensor in (torch.ones(8, 3, 3, 3).to_sparse(), torch.ones(1).expand(10**6), torch.ones(3, device="meta")):
+        refused(weights | {first: tensor}, tmp_path, "no state dict")
+    refused(weights | {first: torch.tensor(1.0)}, tmp_path, "not an RRDBNet")
+    refused(weights | {"RRDB_trunk.999999999.x": torch.ones(1)}, tmp_path, "not an RRDBNet", "1000000000 blocks")
+    refused(weights | {first: torch.ones(2000, 3, 3, 3)}, tmp_path, "not an RRDBNet", "2000 features")
+
+
 def test_another_file_under_a_published_name(weights, tmp_path, monkeypatch):
     torch.save(weights, tmp_path / "RealESRGAN_x4plus.pth")
     with pytest.raises(InputError, match=r"RealESRGAN_x4plus\.pth: not the file published .* not 4fa0d389"):
@@ -164,7 +177,7 @@ def test_saved_files_have_the_users_mode(weights, tmp_path):
 def test_names_of_the_initial_weights(tmp_path):
     path = tmp_path / "RRDB_PSNR_x4.pth"
     assert initial_name(str(path)) == "ESRGAN"
-    path.with_suffix(".json").write_text('{"loss": {"logits": 0, "pixels": 1, "features": 0}}')
+    note_of(path).write_text('{"loss": {"logits": 0, "pixels": 1, "features": 0}}')
     assert initial_name(str(path)) == "Pixels"
-    path.with_suffix(".json").write_text('{"loss": {"logits": 1, "pixels": 0, "features": 0}}')
+    note_of(path).write_text('{"loss": {"logits": 1, "pixels": 0, "features": 0}}')
     assert initial_name(str(path)) == "Initial"

@@ -8,6 +8,7 @@ named by WordNet id, which is what img_sampler_train.py and img_sampler_val.py r
 """
 
 import shutil
+import tarfile
 from pathlib import Path
 
 from torchvision.datasets import Imagenette
@@ -28,11 +29,13 @@ def main() -> None:
             raise InputError(f"{arguments.archive}: no such archive")
         if arguments.archive.resolve().parent != folder.resolve():
             shutil.copyfile(arguments.archive, folder / "imagenette2.tgz")
+    # torchvision unpacks it: nothing may leave the folder (PEP 706)
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
     unpacked = (folder / "imagenette2").is_dir()
     try:
         dataset = Imagenette(folder, split="train", size="full", download=not unpacked)
         held_out = Imagenette(folder, split="val", size="full")
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, tarfile.TarError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{folder}: Imagenette can't be downloaded or unpacked ({reason}); "

@@ -10,16 +10,18 @@ photographs (--held-out) joins the official validation photographs in FOLDER/val
 splits into validation and test; all others go to FOLDER/train_original.
 """
 
+import lzma
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
 from experiment.parameters import ArgumentParser, run_script
-from experiment.sampling import share
+from experiment.sampling import prepare_target, share, write_manifest
 from models.errors import InputError
 
 TEN_CLASSES = (
@@ -39,6 +41,7 @@ VAL = re.compile(r"(?:^|/)val/images/(val_\d+\.JPEG)$")
 ANNOTATIONS = re.compile(r"(?:^|/)val/val_annotations\.txt$")
 LARGEST = 2**22  # bytes of one member: photographs have 2 kB, the annotations 500 kB
 SEED = 2020
+DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -67,7 +70,7 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                         yield info.name, archive.extractfile(info).read()
     except FileNotFoundError:
         raise InputError(f"{path}: no such archive; examples/tiny_imagenet/README.md says where to get it") from None
-    except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile) as error:
+    except (*DAMAGE, RuntimeError, NotImplementedError) as error:  # the last two: encrypted, an unknown compression
         raise InputError(f"{path}: not a readable zip or tar archive ({error})") from None
 
 
@@ -99,23 +102,27 @@ def main() -> None:
     absent = [] if arguments.all else sorted(set(arguments.classes) - set(train))
     if absent or not train:
         raise InputError(f"{arguments.archive}: has no training photographs of {', '.join(absent) or 'any class'}")
-    counts = {"train_original": 0, "val_original": 0}
-
-    def write(part: str, class_name: str, name: str, contents: bytes) -> None:
-        folder = arguments.folder / part / class_name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(contents)
-        counts[part] += 1
-
+    parts: dict[str, dict[str, dict[str, bytes]]] = {"train_original": {}, "val_original": {}}
     for class_name, photographs in train.items():
         held_out = set(share(list(photographs), arguments.held_out, SEED, class_name))
         for name, contents in photographs.items():
-            write("val_original" if name in held_out else "train_original", class_name, name, contents)
+            part = "val_original" if name in held_out else "train_original"
+            parts[part].setdefault(class_name, {})[name] = contents
     for name, contents in val.items():
         if labels.get(name) in train:
-            write("val_original", labels[name], name, contents)
-    for part, count in counts.items():
-        print(f"{arguments.folder / part}: {count} photographs of {len(train)} classes")
+            parts["val_original"].setdefault(labels[name], {})[name] = contents
+    # What another choice of classes or share left goes: a photograph must not be in both parts.
+    choice = {"source": arguments.archive.name, "held_out": arguments.held_out, "classes": sorted(train)}
+    for part, classes in parts.items():
+        folder = arguments.folder / part
+        prepare_target(folder, choice, classes, overwrite=True)
+        for class_name, photographs in classes.items():
+            (folder / class_name).mkdir(exist_ok=True)
+            for name, contents in photographs.items():
+                (folder / class_name / name).write_bytes(contents)
+        count = sum(map(len, classes.values()))
+        write_manifest(folder, choice | {"images": count, "complete": True})
+        print(f"{folder}: {count} photographs of {len(classes)} classes")
 
 
 if __name__ == "__main__":
