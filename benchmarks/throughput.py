@@ -7,7 +7,8 @@
 What runs is the program's own code, `train_epoch` and `validate`, on random images and random weights; the plain
 reference is benchmarks/plain.py with the same weights. Loading and inference are compared with spandrel's ESRGAN, where
 spandrel is installed. Correctness comes first (benchmarks/correctness.py): nothing is timed that gives wrong numbers.
-The last line is JSON: train_ratio and evaluate_ratio are images/s over the plain reference's.
+The last line is JSON: train_ratio and evaluate_ratio are images/s over the plain reference's, at the last batch size;
+`batches` has all of them.
 
 FLOPs are those of the convolutions and matrix products of the plain step, counted by torch.utils.flop_counter; the peak
 is the fastest 3x3 convolution and the fastest matrix product found in the same run.
@@ -79,10 +80,13 @@ def main() -> int:
         started = time.perf_counter()
         subprocess.run([sys.executable, "-c", IMPORTS], check=True)
         result["import_seconds"] = time.perf_counter() - started
+        print(f"\nStart-up: {result['import_seconds']:.1f} s for the imports of train_darionet.py")
         result |= peaks(runtime)
         result |= loading_and_inference(size, arguments, runtime, Path(folder))
+        batches = []
         for batch in arguments.batch or ([2] if device.type == "cpu" else [16, 64]):
-            result |= {"batch": batch} | measure(size, batch, arguments, runtime, Path(folder), result)
+            batches.append({"batch": batch} | measure(size, batch, arguments, runtime, Path(folder), result))
+        result |= batches[-1] | {"batches": batches}
     print(json.dumps(result))
     return 0
 

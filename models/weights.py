@@ -230,9 +230,20 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
                 os.replace(name, path)
         if not LOCKS:
             os.replace(name, path)
+        flush_folder(path.parent)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes a new name in a folder survive a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:

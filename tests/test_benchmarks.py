@@ -1,0 +1,48 @@
+"""The benchmarks run and say what they promise; what they measure is in benchmarks/README.md."""
+
+import json
+
+import pytest
+
+from benchmarks import kernels, loading, scaling, throughput
+
+
+def last_line(module, monkeypatch, capfd, *arguments) -> dict:
+    """The JSON that a benchmark ends with."""
+    monkeypatch.setattr("sys.argv", [f"{module.__name__}.py", *map(str, arguments)])
+    assert module.main() == 0
+    return json.loads(capfd.readouterr().out.splitlines()[-1])
+
+
+def test_throughput(monkeypatch, capfd):
+    peaks = dict.fromkeys(("peak_convolution_float32", "peak_convolution_bfloat16"), 100.0)
+    monkeypatch.setattr(throughput, "peaks", lambda runtime: peaks)  # a machine's peaks take longer than the rest
+    options = ["--size", 8, 1, 4, "--side", 32, "--batch", 1, 2, "--rounds", 2, "--seconds", 0.01, "--no-checks"]
+    found = last_line(throughput, monkeypatch, capfd, *options)
+    assert [batch["batch"] for batch in found["batches"]] == [1, 2] and found["batch"] == 2
+    for what in ("train", "evaluate"):
+        assert found[f"{what}_ratio"] == pytest.approx(found[f"{what}_ours"] / found[f"{what}_plain"])
+        low, high = found[f"{what}_ours_spread"]
+        assert 0 < low <= found[f"{what}_ours"] <= high and found[f"{what}_gflop"] > 0
+
+
+def test_kernels(monkeypatch, capfd):
+    monkeypatch.setattr(kernels, "SIDE", 9)
+    found = last_line(kernels, monkeypatch, capfd, "--batch", 1)
+    assert found["training"] > 0 and found["forward"] > 0
+    assert found["training"] <= max(found["forward"], found["input gradient"], found["weight gradient"])
+
+
+def test_scaling(monkeypatch, capfd):
+    found = last_line(scaling, monkeypatch, capfd, "--rate", 450, "--batch", 16)
+    one, eight, many = (found[f"images_per_second_{n}"] for n in (1, 8, 64))
+    assert one == 450 and 0.98 < eight / (8 * one) < 1 and 0.8 < many / (64 * one) < eight / (8 * one)
+    assert scaling.duration(300) == "5.0 min" and scaling.duration(7200) == "2.0 h"
+    assert scaling.duration(864_000) == "10.0 days"
+
+
+def test_loading(monkeypatch, capfd):
+    monkeypatch.setattr(loading, "CLASSES", 5)
+    options = ["--images", 32, "--files", 100, "--workers", 1, "--rounds", 1]
+    found = last_line(loading, monkeypatch, capfd, *options)
+    assert found["listed_files"] == 100 and found["decode_1_workers"] > 0
