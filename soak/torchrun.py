@@ -103,9 +103,9 @@ def killed(folder: Path, reference: Path, rank: str, when: int) -> str | None:
     return fault_of(folder, reference)
 
 
-def stopped(folder: Path, reference: Path, number: int, group: bool) -> str | None:
-    """The job is asked to stop, and resumed by a new one."""
-    job = torchrun(folder, "stop", VALIDATION + 2, restarts=0)
+def stopped(folder: Path, reference: Path, number: int, group: bool, when: int) -> str | None:
+    """The job is asked to stop at a call, and resumed by a new one."""
+    job = torchrun(folder, "stop", when, restarts=0)
     end = time.monotonic() + 120
     while not (folder / "here").exists() and time.monotonic() < end:
         time.sleep(0.02)
@@ -115,7 +115,9 @@ def stopped(folder: Path, reference: Path, number: int, group: bool) -> str | No
     seconds = time.monotonic() - sent
     text = (folder / "out.txt").read_text()
     run = own_runs(folder)[-1]
-    if f"--resume {run.relative_to(folder)}" not in text or not is_whole(run / FILE):
+    if f"torchrun --nproc_per_node=2 train_darionet.py --resume {run.relative_to(folder)}" not in text or not is_whole(
+        run / FILE
+    ):
         return f"no checkpoint\n{text}"
     if seconds > 10:
         return f"it took {seconds:.1f} s"
@@ -127,8 +129,9 @@ def main() -> int:
     began = time.monotonic()
     cases = [(f"process {rank} killed at call {when}", killed, (rank, when)) for rank, when in KILLED]
     for number, group in ((signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)):
-        to = "its group" if group else "torchrun"
-        cases.append((f"{number.name} to {to}", stopped, (number, group)))
+        for when in (2, VALIDATION + 2):
+            to = "its group" if group else "torchrun"
+            cases.append((f"{number.name} to {to} at call {when}", stopped, (number, group, when)))
     cases = cases[: int(sys.argv[1]) if len(sys.argv) > 1 else None]
     right = 0
     with small_experiment() as shared:
