@@ -198,7 +198,7 @@ def first_line(error: ValidationError) -> str:
             section = section.model_fields[name].annotation
         text = f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
     elif fault["type"] == "value_error":
-        text = f"{key}: {fault['ctx']['error']}"
+        text = f"{key}: {fault['ctx']['error']}" if fault["loc"] else str(fault["ctx"]["error"])
     else:
         try:
             found = json.dumps(fault["input"], default=str)

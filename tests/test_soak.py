@@ -10,7 +10,7 @@ from conftest import ROOT
 
 @pytest.mark.parametrize(
     ("script", "arguments", "counted"),
-    [("killed", ["6"], "6 of 6"), ("signals", ["6"], "8 of 8"), ("torchrun", ["1"], "1 of 1")],
+    [("killed", ["4"], "4 of 4"), ("signals", ["11"], "4 of 4"), ("torchrun", ["1"], "1 of 1")],
 )
 def test_a_short_version(script, arguments, counted):
     if script == "torchrun" and not torch.distributed.is_gloo_available():
