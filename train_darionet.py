@@ -218,9 +218,10 @@ class Run:
 
     def agreed_to_stop(self) -> bool:
         """Whether any of the processes was asked to stop: then all of them do."""
-        if any(self.runtime.gather(self.stopper.requested)):
+        stops = any(self.runtime.gather(self.stopper.requested))
+        if stops:
             self.stopper.stop_with_others()
-        return self.stopper.requested
+        return stops  # and not what has come since: all have to do the same
 
     def resolved(self) -> dict:
         """The parameters and what they meet here: what a resumed run has to share with this one."""

@@ -148,10 +148,7 @@ def train_epoch(
             norm = nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_norm or math.inf)
             # The one time in a step that the host waits for the device.
             value, squared_error, norm = torch.cat([runtime.sum(sums), norm.double().view(1)]).tolist()
-            # With loss scaling a gradient may overflow: the scaler skips the step, and halves its scale.
-            taken = math.isfinite(value) and math.isfinite(norm)
-            settling = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() >= 1
-            if taken:
+            if math.isfinite(value) and math.isfinite(norm):
                 scaler.step(optimizer)
                 scaler.update()
                 progress.images += int(count)
@@ -159,6 +156,8 @@ def train_epoch(
                 progress.squared_error += squared_error
                 progress.bad_in_a_row = 0
             else:
+                # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
+                settling = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() >= 1
                 if scaler.is_enabled():
                     scaler.update()
                 progress.skipped += 1
