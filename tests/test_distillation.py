@@ -70,9 +70,9 @@ def test_psnr():
     assert psnr_db(0.01) == pytest.approx(20) and psnr_db(1) == 0 and psnr_db(0) == 100
 
 
-def run_epoch(pipeline, loss, batches: list[Batch], progress: Progress, check=lambda found: None) -> None:
+def run_epoch(pipeline, loss, batches: list[Batch], progress: Progress, check=lambda found: None, scaler=None) -> None:
     optimizer = torch.optim.Adam(pipeline.upscaler.parameters(), lr=1e-3)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     train_epoch(
         pipeline,
         loss,
@@ -143,6 +143,31 @@ def test_a_step_with_a_loss_that_is_not_finite_is_not_taken(pipeline):
 def test_ten_in_a_row_stop_the_run(pipeline):
     with pytest.raises(InputError, match="not finite 10 times in a row"):
         run_epoch(pipeline, bad_loss(99), drawn_batches(12), Progress())
+
+
+def test_overflow_of_scaled_gradients(pipeline):
+    """The scale settles over as many steps as it takes; gradients that overflow at a scale under 1 are a fault."""
+
+    def loss(pipeline, images):
+        losses = distillation_loss(pipeline, images, logits=0, pixels=1, features=0)
+        losses.total = losses.total * 1e10  # times 2 ** 106 it is far over float32's range
+        return losses
+
+    before, progress = weights_of(pipeline.upscaler), Progress()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**106)
+    run_epoch(pipeline, loss, drawn_batches(30), progress, scaler=scaler)
+    assert 10 < progress.skipped < 30 and progress.bad_in_a_row == 0 and progress.images == 2 * (30 - progress.skipped)
+    assert not same(before, weights_of(pipeline.upscaler)) and 1 < scaler.get_scale() < 2.0**96
+
+    def always(pipeline, images):
+        losses = loss(pipeline, images)
+        losses.total = (
+            losses.total + (pipeline.upscaler.conv_last.bias.sum() - pipeline.upscaler.conv_last.bias.sum()).sqrt()
+        )
+        return losses
+
+    with pytest.raises(InputError, match="not finite 10 times in a row"):
+        run_epoch(pipeline, always, drawn_batches(20), Progress(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 def test_an_unreadable_image_leaves_the_gradient_of_the_others(pipeline):
