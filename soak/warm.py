@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +35,7 @@ EPOCHS, STEPS = 2, 3  # of a whole run
 def small_experiment() -> Iterator[Path]:
     """A folder with drawn images, a small classifier and parameters.json: 12 images for training, 6 for validation."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started without it
     with tempfile.TemporaryDirectory(prefix="soak_") as name:
         folder = Path(name)
         draw_folder(folder / "train", 4)
