@@ -134,7 +134,7 @@ class Run:
         self.progress = Progress()  # within it
         self.history: list[dict] = []
         self.best = math.inf  # validation loss
-        self.estimated = False
+        self.estimated = self.resumed = False
 
     def restore(self, state: dict) -> None:
         """Goes back to where `checkpoint` stood.
@@ -148,6 +148,7 @@ class Run:
         self.scaler.load_state_dict(state["scaler"])
         self.progress = Progress(**state["progress"])
         self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        self.resumed = True
 
     def checkpoint(self) -> None:
         if not self.runtime.is_main:
@@ -402,7 +403,7 @@ class Run:
         print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
         print(f"Steps: {training.epochs} epochs of {self.steps_per_epoch}, batch size {training.batch_size}")
         print(f"Machine: {self.runtime.describe()}")
-        if self.epoch or self.progress.batch:
+        if self.resumed:
             print(f"Resumed at epoch {self.epoch + 1}, step {self.progress.batch + 1}")
         print(f"Run folder: {self.folder}")
 
