@@ -228,7 +228,7 @@ class Run:
         """The parameters and what they meet here: what a resumed run has to share with this one."""
         return self.parameters.model_dump() | {
             "processes": self.runtime.processes,
-            "precision": self.runtime.precision,
+            "used_precision": self.runtime.precision,  # what "auto" is here
             "images": {"data.train": self.train_set.fingerprint(), "data.val": self.val_set.fingerprint()},
             "classifier_weights": self.pipeline.classifier.fingerprint(),
         }
