@@ -301,7 +301,7 @@ class Run:
             images = p.images + sum(row["seconds"] * row["images_per_second"] for row in self.history)
             steps = self.total_steps - self.epoch * self.steps_per_epoch - p.batch
             seconds = steps * training.batch_size * self.runtime.processes * trained / max(1, images)
-            tqdm.write(f"About {duration(seconds)} of training to go, at {images / trained:.1f} images/s")
+            tqdm.write(f"Training to go: {duration(seconds)}, at {images / trained:.1f} images/s")
         if time.monotonic() - self.saved > 60 * training.checkpoint_minutes:
             self.checkpoint()
 
@@ -410,7 +410,7 @@ class Run:
 
 def duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes else "less than a minute"
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else "less than a minute"
 
 
 if __name__ == "__main__":
