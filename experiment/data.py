@@ -55,7 +55,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         reason = error.strerror or str(error)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = f"{type(error).__name__}: {error}"
-    raise UnreadableImage(reason.replace(os.fspath(path), "").replace("\n", " ")[:200])
+    name = os.fspath(path)  # whoever lists the reasons names the file
+    raise UnreadableImage(reason.replace(f" {name!r}", "").replace(name, "").replace("\n", " ")[:200])
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
