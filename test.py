@@ -26,7 +26,7 @@ from torchvision.models import list_models
 from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import NO_LABEL, ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines
 from experiment.metrics import (
     decisions,
@@ -88,9 +88,7 @@ def test(parameters: Parameters, weights: str, stopper: Stopper) -> int:
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
     classifier.require(t.val_crop_size, "transformations.val_crop_size")
-    targets = dataset.targets(classifier.class_names)
-    if NO_LABEL in targets:
-        raise InputError(f"{dataset.root}: holds no class folders, and without labels there is no accuracy to measure")
+    targets = dataset.targets(classifier.class_names, required=True)
     pipelines = make_pipelines(
         classifier, upscalers, scale=t.scale, interpolation=t.interpolation, antialias=t.antialias
     )

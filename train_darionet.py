@@ -22,7 +22,7 @@ import math
 import os
 import time
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -142,7 +142,7 @@ class Run:
         Raises:
             InputError: the run was started with other parameters, or another number of processes.
         """
-        refuse_changes(json.loads(state["parameters"]), self.resolved())
+        refuse_changes(json.loads(state["parameters"]), self.resolved)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -161,7 +161,7 @@ class Run:
             "progress": asdict(self.progress),
             "history": self.history,
             "best": self.best,
-            "parameters": json.dumps(self.resolved()),
+            "parameters": json.dumps(self.resolved),
         }
         save_checkpoint(self.folder, to_cpu(state))
         self.saved = time.monotonic()
@@ -224,6 +224,7 @@ class Run:
             self.stopper.stop_with_others()
         return stops  # and not what has come since: all have to do the same
 
+    @cached_property
     def resolved(self) -> dict:
         """The parameters and what they meet here: what a resumed run has to share with this one."""
         return self.parameters.model_dump() | {
@@ -294,16 +295,22 @@ class Run:
 
     def after_step(self) -> None:
         """Says once how long the run will take, and saves a checkpoint every checkpoint_minutes."""
-        p, training = self.progress, self.parameters.training
-        trained = p.seconds + sum(row["seconds"] for row in self.history)
-        if self.runtime.is_main and not self.estimated and trained > ESTIMATE_AFTER:
-            self.estimated = True
-            images = p.images + sum(row["seconds"] * row["images_per_second"] for row in self.history)
-            steps = self.total_steps - self.epoch * self.steps_per_epoch - p.batch
-            seconds = steps * training.batch_size * self.runtime.processes * trained / max(1, images)
-            tqdm.write(f"Training to go: {duration(seconds)}, at {images / trained:.1f} images/s")
-        if time.monotonic() - self.saved > 60 * training.checkpoint_minutes:
+        if self.runtime.is_main and not self.estimated:
+            self.estimate()
+        if time.monotonic() - self.saved > 60 * self.parameters.training.checkpoint_minutes:
             self.checkpoint()
+
+    def estimate(self) -> None:
+        """Says how long the run will take, once there are some seconds of training to tell from."""
+        p = self.progress
+        trained = p.seconds + sum(row["seconds"] for row in self.history)
+        if trained <= ESTIMATE_AFTER:
+            return
+        self.estimated = True
+        images = p.images + sum(row["seconds"] * row["images_per_second"] for row in self.history)
+        steps = self.total_steps - self.epoch * self.steps_per_epoch - p.batch
+        seconds = steps * self.parameters.training.batch_size * self.runtime.processes * trained / max(1, images)
+        tqdm.write(f"Training to go: {duration(seconds)}, at {images / trained:.1f} images/s")
 
     def validate(self) -> dict | None:
         """The scores on the validation images; None where a signal asked to stop."""

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.metrics import write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import choose_runtime, make_deterministic, new_run_folder
@@ -59,9 +59,7 @@ def main() -> None:
     dataset = ImageFolder(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
-    targets = torch.tensor(dataset.targets(classifier.class_names))
-    if NO_LABEL in targets:
-        raise InputError(f"{dataset.root}: holds no class folders, and without labels there is no accuracy to measure")
+    targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     networks = {"Bilinear": Pipeline("Bilinear", classifier, scale=None)}
     for path in arguments.weights:
         note = {"interpolation": t.interpolation, "antialias": t.antialias} | trained_for(path)

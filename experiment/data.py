@@ -151,15 +151,20 @@ class ImageFolder(Dataset):
         """Name of the class folder, empty for an image that lies in `root` itself."""
         return self.paths[index].partition(os.sep)[0] if os.sep in self.paths[index] else ""
 
-    def targets(self, class_names: list[str]) -> list[int]:
+    def targets(self, class_names: list[str], required: bool = False) -> list[int]:
         """The classifier's index of every image's class, by the name of its folder; NO_LABEL without class folders.
 
         Raises:
-            InputError: class folders that the classifier does not know, or images beside class folders.
+            InputError: class folders that the classifier does not know, images beside them, or no class folders where
+                labels are `required`.
         """
         indices = {name: i for i, name in enumerate(class_names)}
         folders = [self.folder_of(i) for i in range(len(self))]
         if not any(folders):
+            if required:
+                raise InputError(
+                    f"{self.root}: holds no class folders, and without labels there is no accuracy to measure"
+                )
             return [NO_LABEL] * len(self)
         unknown = sorted(set(folders) - set(indices))
         if "" in unknown:

@@ -19,10 +19,7 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
         InputError: no file, not weights, or not an RRDBNet x4.
     """
     weights = load_generator(path)
-    features, blocks, growth = generator_size(weights)
-    if not features or not blocks or not growth:
-        raise InputError(f"{path}: not an RRDBNet: it has {blocks} blocks of {features} features and {growth} growth")
-    network = RRDBNet(features, blocks, growth)
+    network = RRDBNet(*generator_size(weights))
     load_strictly(network, weights, path)
     return prepare(network, device)
 

@@ -132,7 +132,8 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
             f"{path}: not an RRDBNet: conv_first.weight is missing, its first key is {next(iter(weights))}"
         )
     features, blocks, growth = generator_size(weights)
-    if first.ndim != 4 or max(features, growth) > LARGEST or blocks > len(weights):
+    sizes_fit = min(features, blocks, growth) > 0 and max(features, growth) <= LARGEST and blocks <= len(weights)
+    if first.ndim != 4 or not sizes_fit:
         raise InputError(f"{path}: not an RRDBNet: {features} features, {blocks} blocks, {growth} growth")
     if first.shape[1] == 12:
         raise InputError(f"{path}: an RRDBNet for a factor of 2; this project needs one for a factor of 4")
