@@ -1,5 +1,6 @@
 """The machine: device, precision, processes, seeds, signals."""
 
+import atexit
 import contextlib
 import ctypes
 import errno
@@ -146,6 +147,7 @@ def join_processes(backend: str) -> None:
         if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
             store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    atexit.register(dist.destroy_process_group)  # its threads, still running at the exit, would abort the process
 
 
 def keep_freed_memory() -> None:
