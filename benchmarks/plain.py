@@ -65,6 +65,11 @@ class PlainRRDBNet(nn.Module):
         return self.conv_last(F.leaky_relu(self.HRconv(x), 0.2))
 
 
+def wide(x: Tensor) -> Tensor:
+    """Half precision as float32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def plain_scores(classifier: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Logits (N, classes) of images in [0,1]; `classifier` is torchvision's network."""
     return classifier((images - mean) / std)
@@ -74,7 +79,7 @@ def plain_rebuild(network: nn.Module, images: Tensor, scale: float = 0.32) -> Te
     """Reduces (N,3,H,W) images, enlarges them with `network`, brings them back to size, and clamps."""
     height, width = images.shape[-2:]
     small = F.interpolate(images, (math.floor(height * scale), math.floor(width * scale)), mode="bilinear").clamp(0, 1)
-    return F.interpolate(network(small).float(), (height, width), mode="bilinear").clamp(0, 1)
+    return F.interpolate(wide(network(small)), (height, width), mode="bilinear").clamp(0, 1)
 
 
 def plain_loss(network: nn.Module, classifier: nn.Module, images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
@@ -82,4 +87,4 @@ def plain_loss(network: nn.Module, classifier: nn.Module, images: Tensor, mean: 
     with torch.no_grad():
         expected = plain_scores(classifier, images, mean, std)
     found = plain_scores(classifier, plain_rebuild(network, images), mean, std)
-    return F.mse_loss(found.float(), expected.float())
+    return F.mse_loss(wide(found), wide(expected))

@@ -15,6 +15,7 @@ from experiment.data import NO_LABEL, Batch, to_float
 from experiment.runtime import Runtime, Stopper
 from models.errors import InputError
 from models.pipeline import Pipeline
+from models.scaler import at_least_float32
 
 BAD_STEPS_IN_A_ROW = 10  # non-finite losses that are skipped before the run gives up
 UNREADABLE_SHARE = 0.001  # of the images, where there are more than UNREADABLE_FREE
@@ -53,13 +54,13 @@ def distillation_loss(
         with torch.no_grad():
             teacher_logits, teacher_features = pipeline.classifier.logits_and_features(images)
         student_logits, student_features = pipeline.classifier.logits_and_features(shown)
-        total = total + features * F.mse_loss(student_features.float(), teacher_features.float())
+        total = total + features * F.mse_loss(at_least_float32(student_features), at_least_float32(teacher_features))
     elif logits:
         with torch.no_grad():
             teacher_logits = pipeline.classifier(images)
         student_logits = pipeline.classifier(shown)
     if logits:
-        total = total + logits * F.mse_loss(student_logits.float(), teacher_logits.float())
+        total = total + logits * F.mse_loss(at_least_float32(student_logits), at_least_float32(teacher_logits))
     return Losses(total, F.mse_loss(shown.detach(), images), student_logits, teacher_logits)
 
 

@@ -44,9 +44,14 @@ class Scaler(nn.Module):
         Float32 whatever autocast says: half precision moves the sampling points, and has no antialiased CPU kernel.
         Float64 stays what it is.
         """
-        images = images if images.dtype == torch.float64 else images.float()
+        images = at_least_float32(images)
         with torch.autocast(images.device.type, enabled=False):
             return resize(images, self.sides, INTERPOLATIONS[self.interpolation], antialias=self.antialias)
+
+
+def at_least_float32(values: Tensor) -> Tensor:
+    """What autocast gave in half precision as float32; float64 stays what it is."""
+    return values if values.dtype == torch.float64 else values.float()
 
 
 def reduced_length(length: int, scale: float) -> int:
