@@ -4,18 +4,15 @@
     python test.py --parameters examples/shapes/parameters.json
     python test.py --set test.batches_per_epoch=10               a random part of the test images
     python test.py --weights assets/logs/train_20260101-120000/best.pt
+    python test.py --weights A.pt B.pt                           two networks in one table
     python test.py --classifier efficientnet_b0                  read by a classifier that DarioNet never met
     python test.py --redraw assets/logs/test_20260101-120000     the figures again, from the CSV files of a run
     torchrun --nproc_per_node=4 test.py                          one process a GPU: the same numbers, sooner
 
-Variants: Original; Small (the small image itself); Bilinear; Bicubic; ESRGAN or Pixels (darionet.initial_weights, where
-the file exists); DarioNet (darionet.weights). Everything is written to assets/logs/test_<stamp>/.
+Variants: Original; Small (the small image itself); Bilinear; Bicubic; the network that training started from
+(darionet.initial_weights, where the file exists): ESRGAN, or Pixels; DarioNet (darionet.weights). Everything is written
+to assets/logs/test_<stamp>/.
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
 
 import json
 from pathlib import Path
@@ -23,12 +20,15 @@ from pathlib import Path
 import torch
 import torchvision
 from torchvision.models import list_models
-from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, UnreadableImage, epoch_batches, make_loader, to_float
 from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines
 from experiment.metrics import (
+    BASELINE,
+    ORIGINAL,
+    OURS,
+    SMALL,
     decisions,
     markdown_table,
     mcnemar,
@@ -41,21 +41,29 @@ from experiment.metrics import (
     write_json,
 )
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
-from experiment.runtime import Runtime, Stopper, choose_runtime, make_deterministic, new_run_folder, out_of_memory
-from models.classifier import FrozenClassifier, noted_architecture
+from experiment.runtime import (
+    Runtime,
+    Stopper,
+    agreed_to_stop,
+    new_run_folder,
+    out_of_memory_is_one_line,
+    progress_bar,
+    seed_without_tf32,
+    start_runtime,
+)
+from models.classifier import FrozenClassifier, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, trained_for
 from models.errors import InputError
 from models.pipeline import Pipeline
-from models.scaler import reduced_length
+from models.scaler import Reduction, reduced_length
 
 SHOWN = 6  # images in a sheet of reconstructions
-RIVALS = ("Bilinear", "ESRGAN", "Pixels", "Initial")  # that DarioNet is tested against
 
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--weights", metavar="FILE", help="DarioNet's weights (default: darionet.weights)")
-    parser.add_argument("--classifier", metavar="NAME|FILE", help="another one: a torchvision architecture or a file")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks to test (default: darionet.weights)")
+    parser.add_argument("--classifier", metavar="NAME|FILE", help="another one: an architecture or a weights file")
     parser.add_argument("--redraw", type=Path, metavar="RUN", help="draw the figures of a finished run again")
     arguments = parser.parse_args()
     if arguments.redraw:
@@ -65,100 +73,109 @@ def main() -> int:
     settings = arguments.set + classifier_settings(arguments.classifier)
     parameters = read_parameters(arguments.parameters or "parameters.json", settings)
     with Stopper() as stopper:
-        return test(parameters, arguments.weights or parameters.darionet.weights, stopper)
+        # Set-up
+        t, options, d = parameters.transformations, parameters.test, parameters.darionet
+        weights = arguments.weights or [d.weights]
+        runtime = start_runtime(options.precision)
+        seed_without_tf32(options.seed)
+        dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
+        reduction = Reduction(t.scale, t.interpolation, t.antialias)
+        networks = load_upscalers(weights, d.initial_weights, runtime.device)
+        classifier = open_classifier(**parameters.classifier[0].model_dump())
+        classifier.to(runtime.device, memory_format=torch.channels_last)
+        classifier.require(t.val_crop_size, "transformations.val_crop_size")
+        targets = dataset.targets(classifier.class_names, required=True)
+        pipelines = make_pipelines(classifier, reduction, networks)
+        small = reduced_length(t.val_crop_size, t.scale)
+        if not classifier.reads(small, small):
+            pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
+            print(f"Left out: {SMALL}, since {parameters.classifier[0].architecture} can't read {small}x{small} pixels")
+        folder = None
+        if runtime.is_main:
+            folder = new_run_folder("test")
+            write_json(folder / "parameters.json", parameters.model_dump())
+        print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
+        print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
+        print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
+        for path in weights:
+            if note := other_input(path, reduction):
+                print(note)
+
+        # Evaluation. A limited epoch takes the next batches of one seeded order; whole ones only steady the timing.
+        order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": None}
+        batches = epoch_batches(len(dataset), options.batch_size, **order)
+        result = Evaluation()
+        for epoch in range(options.epochs):
+            limit = options.batches_per_epoch
+            chosen = batches if limit is None else batches[epoch * limit : (epoch + 1) * limit]
+            chosen = runtime.part(chosen)
+            loader = make_loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
+            bar = progress_bar(len(chosen), "test", options.verbose, unit="batch")
+            with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
+                keep = epoch == 0 or limit is not None
+                evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result, keep)
+            if stopped := agreed_to_stop(runtime, stopper):
+                break
+        result = joined(runtime.gather(result), [dataset.paths[i] for batch in batches for i in batch])
+        if not runtime.is_main:
+            return stopper.code if stopped else 1 if result.unreadable else 0
+
+        # What it writes
+        unreadable = [{"image": path, "reason": reason} for path, reason in sorted(result.unreadable.items())]
+        if unreadable:
+            write_csv(folder / "unreadable.csv", unreadable)
+        if not result.rows and not stopped:
+            raise InputError(f"{dataset.root}: none of its images could be read; {folder / 'unreadable.csv'} says why")
+        if result.rows:
+            write_results(parameters, weights, runtime, classifier, result, unreadable, stopped, folder)
+            try:
+                draw_reconstructions(pipelines, dataset, result.rows, runtime, folder)
+            except UnreadableImage as error:
+                print(f"Figures that show images are left out: {error}")
+            draw_figures(folder)
+            print(f"\n{(folder / 'results.md').read_text(encoding='utf-8')}")
+    if unreadable:
+        print(f"{len(unreadable)} images could not be read and were not scored: {folder / 'unreadable.csv'}")
+    if stopped:
+        print(f"Stopped: {len({row['image'] for row in result.rows})} of {len(dataset)} images were scored")
+    print(folder)
+    return stopper.code if stopped else 1 if unreadable else 0
 
 
 def classifier_settings(choice: str | None) -> list[str]:
-    """The parameters that --classifier stands for: a torchvision architecture with its weights, or a file."""
+    """The parameters that --classifier stands for: an architecture with its published weights, or a file."""
     if choice is None:
         return []
-    if choice in list_models(module=torchvision.models):
-        return [f"classifier.architecture={choice}", "classifier.weights=IMAGENET1K_V1"]
-    architecture = noted_architecture(choice)
-    return [f"classifier.weights={choice}"] + ([f"classifier.architecture={architecture}"] if architecture else [])
-
-
-def test(parameters: Parameters, weights: str, stopper: Stopper) -> int:
-    """Evaluates, writes the run folder and returns the exit code."""
-    t, options = parameters.transformations, parameters.test
-    runtime = choose_runtime(options.precision)
-    make_deterministic(options.seed)
-    dataset = ImageFolder(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    upscalers = load_upscalers(weights, parameters.darionet.initial_weights, runtime.device)
-    classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
-    classifier.to(runtime.device, memory_format=torch.channels_last)
-    classifier.require(t.val_crop_size, "transformations.val_crop_size")
-    targets = dataset.targets(classifier.class_names, required=True)
-    pipelines = make_pipelines(
-        classifier, upscalers, scale=t.scale, interpolation=t.interpolation, antialias=t.antialias
-    )
-    small = reduced_length(t.val_crop_size, t.scale)
-    if not classifier.reads(small, small):
-        pipelines = [pipeline for pipeline in pipelines if pipeline.name != "Small"]
-        print(f"Left out: Small, since {parameters.classifier.architecture} can't read {small}x{small} pixels")
-    if runtime.is_main:
-        folder = new_run_folder("test")
-        write_json(folder / "parameters.json", parameters.model_dump())
-    print(f"Variants: {', '.join(p.name for p in pipelines)}; DarioNet from {weights}")
-    print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; Scaler x{t.scale} {t.interpolation}")
-    print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
-    if note := other_input(weights, t.scale, t.interpolation, t.antialias):
-        print(note)
-
-    # A limited epoch takes the next batches of one seeded order; a whole one more than once only steadies the timing.
-    batches = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=None)
-    result = Evaluation()
-    for epoch in range(options.epochs):
-        limit = options.batches_per_epoch
-        chosen = batches if limit is None else batches[epoch * limit : (epoch + 1) * limit]
-        if not chosen:
-            break
-        chosen = runtime.part(chosen)
-        loader = make_loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
-        disable = None if options.verbose and runtime.is_main else True
-        with tqdm(total=len(chosen), desc="test", unit="batch", disable=disable) as bar:
-            try:
-                keep = epoch == 0 or limit is not None
-                evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result, keep)
-            except torch.OutOfMemoryError:
-                raise out_of_memory(runtime, options.batch_size, "test.batch_size") from None
-        if any(runtime.gather(stopper.requested)):
-            stopper.stop_with_others()
-            print("Stopped: an evaluation is all or nothing, start it again")
-            if runtime.is_main:
-                print(folder)
-            return stopper.code
-    result = joined(runtime.gather(result), [dataset.paths[i] for batch in batches for i in batch])
-    if not runtime.is_main:
-        return 1 if result.unreadable else 0
-    unreadable = [{"image": path, "reason": reason} for path, reason in sorted(result.unreadable.items())]
-    if unreadable:
-        write_csv(folder / "unreadable.csv", unreadable)
-    if not result.rows:
-        raise InputError(f"{dataset.root}: none of its images could be read; {folder / 'unreadable.csv'} says why")
-
-    write_results(parameters, weights, runtime, classifier, result, unreadable, folder)
-    draw_reconstructions(pipelines, dataset, result.rows, runtime, folder)
-    draw_figures(folder)
-    print(f"\n{(folder / 'results.md').read_text(encoding='utf-8')}")
-    if unreadable:
-        print(f"{len(unreadable)} images could not be read and were not scored: {folder / 'unreadable.csv'}")
-    print(folder)
-    return 1 if unreadable else 0
+    if ".py:" in choice:
+        chosen = {"architecture": choice, "weights": None}
+    elif choice.startswith("timm/"):
+        chosen = {"architecture": choice, "weights": "pretrained"}
+    elif choice in list_models(module=torchvision.models):
+        chosen = {"architecture": choice, "weights": "IMAGENET1K_V1"}
+    else:
+        architecture = noted_architecture(choice)
+        if architecture is None:
+            return [f"classifier.weights={choice}"]
+        chosen = {"architecture": architecture, "weights": choice}
+    return [f"classifier={json.dumps(chosen)}"]
 
 
 def write_results(
     parameters: Parameters,
-    weights: str,
+    weights: list[str],
     runtime: Runtime,
     classifier: FrozenClassifier,
     result: Evaluation,
     unreadable: list[dict],
+    stopped: bool,
     folder: Path,
 ) -> None:
     """Writes everything that was found, as numbers."""
     t = parameters.transformations
-    rivals = [v for v in dict.fromkeys(row["variant"] for row in result.rows) if v in RIVALS]
+    names = list(dict.fromkeys(row["variant"] for row in result.rows))
+    networks = [name for name in names if name not in (ORIGINAL, SMALL, BASELINE, "Bicubic")]
+    ours = networks[-1]
+    rivals = [name for name in (BASELINE, *networks) if name != ours]
     variants = summarise(result.rows, result.seconds, result.timed, parameters.test.seed)
     results = {
         "variants": variants,
@@ -168,15 +185,17 @@ def write_results(
         "scale": t.scale,
         "interpolation": t.interpolation,
         "antialias": t.antialias,
-        "classifier": parameters.classifier.model_dump(),
-        "mcnemar": [mcnemar(result.rows, "DarioNet", name) for name in rivals],
-        "training_run": trained_for(weights).get("run"),
+        "classifier": parameters.classifier[0].model_dump(exclude_none=True),
+        "ours": ours,
+        "mcnemar": [mcnemar(result.rows, ours, name) for name in rivals],
+        "training_run": trained_for(weights[-1]).get("run"),
         "seed": parameters.test.seed,
         "unreadable": unreadable,
+        "stopped_early": stopped,
     }
     write_json(folder / "results.json", results)
     write_csv(folder / "predictions.csv", result.rows)
-    write_csv(folder / "decisions.csv", decisions(result.rows))
+    write_csv(folder / "decisions.csv", decisions(result.rows, ours))
     write_csv(folder / "classes.csv", per_class(result.rows, classifier.class_names, classifier.labels))
     sentences = "\n".join(mcnemar_line(one) for one in results["mcnemar"])
     text = f"{markdown_table(variants)}\n{caption(results)}.\n{sentences}\n"
@@ -186,20 +205,25 @@ def write_results(
 def caption(results: dict) -> str:
     """What was measured, in one line."""
     return (
-        f"{results['variants'][0]['n']} test images, Scaler x{results['scale']} {results['interpolation']}"
-        f"{', antialiased' if results['antialias'] else ''}, {results['classifier']['architecture']}"
+        f"{results['variants'][0]['n']} test images{', stopped early' if results.get('stopped_early') else ''}, reduced "
+        f"{Reduction(results['scale'], results['interpolation'], results['antialias'])}, "
+        f"{results['classifier']['architecture']}"
     )
 
 
 @torch.no_grad()
 def draw_reconstructions(
-    pipelines: list[Pipeline], dataset: ImageFolder, rows: list[dict], runtime: Runtime, folder: Path
+    pipelines: list[Pipeline], dataset: ImageTree, rows: list[dict], runtime: Runtime, folder: Path
 ) -> None:
     """Writes the figures that need images: some unselected ones, the worst cases, and the stages of the first."""
     classifier = pipelines[0].classifier
 
     def load(chosen: list[str]) -> torch.Tensor:
-        return to_float(torch.stack([dataset[dataset.paths.index(image)][1] for image in chosen]), runtime.device)
+        images = [dataset[dataset.paths.index(image)][1] for image in chosen]
+        for image, path in zip(images, chosen, strict=True):
+            if isinstance(image, str):  # the reason why it can't be read any more
+                raise UnreadableImage(f"{path}: {image}")
+        return to_float(torch.stack(images), runtime.device)
 
     def sheet(chosen: list[str], path: Path) -> None:
         images, columns, titles = load(chosen), {}, [[] for _ in chosen]
@@ -214,7 +238,7 @@ def draw_reconstructions(
 
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     sheet(order[:SHOWN], folder / "triptychs.png")
-    worst = worst_cases(rows, SHOWN)
+    worst = worst_cases(rows, SHOWN, pipelines[-1].name)
     if worst:
         sheet(worst, folder / "worst.png")
 
@@ -222,8 +246,8 @@ def draw_reconstructions(
     small, rebuilt, logits = pipeline(original)
     top = logits[0].softmax(0).topk(min(5, len(classifier.labels)))
     scores = [(classifier.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
-    stages = [("original", original[0]), (f"Scaler x{pipeline.scale}", small[0])]
-    stages += [("DarioNet x4", pipeline.upscaler(small)[0]), ("Scaler", rebuilt[0])]
+    stages = [("original", original[0]), (f"reduced {pipeline.reduce}", small[0])]
+    stages += [(f"{pipeline.name} x4", pipeline.restore.network(small)[0]), ("Scaler", rebuilt[0])]
     plots.pipeline_figure(stages, scores, folder / "pipeline.png")
 
 
@@ -240,10 +264,11 @@ def draw_figures(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not the folder of a finished evaluation ({error})") from None
     plots.results_table(results["variants"], caption(results), folder / "table.png")
-    plots.f1_difference(classes, folder / "f1_difference.png")
-    plots.f1_density(classes, folder / "f1_density.png")
-    plots.class_bars(classes, folder / "classes.png")
-    plots.decision_strip(rows, folder / "decisions.png")
+    ours = results.get("ours", OURS)
+    plots.f1_difference(classes, folder / "f1_difference.png", ours)
+    plots.f1_density(classes, folder / "f1_density.png", ours)
+    plots.class_bars(classes, folder / "classes.png", ours)
+    plots.decision_strip(rows, folder / "decisions.png", ours)
     curves = Path(results["training_run"] or "") / "curves.png"
     figures = [
         ("The pipeline", folder / "pipeline.png"),

@@ -3,70 +3,74 @@
     python train_darionet.py                                     parameters.json
     python train_darionet.py --parameters examples/shapes/parameters.json
     python train_darionet.py --set training.epochs=1 --set training.batch_size=8
-    python train_darionet.py --resume                            goes on with the newest run
+    python train_darionet.py --resume                            goes on with the run that was stopped last
     python train_darionet.py --resume assets/logs/train_20260101-120000
     torchrun --nproc_per_node=4 train_darionet.py                one process a GPU; training.batch_size is each one's
 
 The loss is the mean squared error between the classifier's scores (before the softmax) on the original image and on the
-image that was reduced and rebuilt (training.loss adds pixels and features). Everything is written to
+image that was reduced and rebuilt; training.loss adds other terms. Everything is written to
 assets/logs/train_<stamp>/, and the weights of the best validation loss to darionet.weights as well.
 """
-
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
 
 import json
 import math
 import os
 import time
-from dataclasses import asdict
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch.optim.swa_utils import AveragedModel
 
 from experiment import plots
 from experiment.checkpoint import (
-    latest_run,
+    State,
+    claim,
+    job_id,
     load_checkpoint,
     refuse_changes,
     remember_job,
     run_of_job,
+    run_to_resume,
     save_checkpoint,
     to_cpu,
 )
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader, to_float
 from experiment.distillation import (
-    Progress,
     distillation_loss,
+    ema_update,
     learning_rate_at,
-    train_epoch,
-    unreadable_check,
+    refuse_unreadable,
+    step,
     validate,
 )
-from experiment.metrics import write_csv, write_json
+from experiment.metrics import BASELINE, OURS, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import (
     DTYPES,
+    Runtime,
     Stopper,
-    choose_runtime,
+    agreed_to_stop,
     compiled,
-    launcher,
-    make_deterministic,
+    duration,
     new_run_folder,
-    out_of_memory,
+    out_of_memory_is_one_line,
+    progress_bar,
+    seed_without_tf32,
+    start_runtime,
 )
-from models.classifier import FrozenClassifier
-from models.darionet import build_darionet, note_of
+from models.classifier import FrozenClassifier, open_classifier
+from models.darionet import build_darionet, write_note
 from models.errors import InputError
-from models.pipeline import Pipeline
-from models.weights import check_writable, save_file
+from models.files import check_writable
+from models.pipeline import Enlarge, Pipeline, Upscale
+from models.rrdbnet import RRDBNet
+from models.scaler import Reduction
+from models.weights import save_file
 
+LOGS = Path("assets/logs")
 SAMPLES = 6  # validation images in the strip of every epoch
-ESTIMATE_AFTER = 10  # seconds of training
+ESTIMATE_AFTER = 5  # seconds of training
 
 
 def main() -> int:
@@ -76,348 +80,264 @@ def main() -> int:
         nargs="?",
         const="latest",
         metavar="RUN",
-        help="go on with a run: its folder in assets/logs (default: the newest)",
+        help="go on with a run: its folder in assets/logs (default: the one that was stopped last)",
     )
     arguments = parser.parse_args()
-    folder, state = None, None
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # by torchrun, after a process was lost
-        folder = run_of_job(Path("assets/logs"), choose_runtime("auto").gather(launcher()))
-    if folder is None and arguments.resume:
-        folder = latest_run(Path("assets/logs")) if arguments.resume == "latest" else Path(arguments.resume)
-    if folder is not None:
-        state = load_checkpoint(folder)
-    default = "parameters.json" if folder is None else folder / "parameters.json"
-    parameters = read_parameters(arguments.parameters or default, arguments.set)
     with Stopper() as stopper:
-        run = Run(parameters, stopper)
-        if state is not None:
-            run.restore(state)
-        if folder is None and run.runtime.is_main:
-            folder = new_run_folder("train")
-        return run.train(folder)
-
-
-class Run:
-    """One training run: its images, its networks, and where it stands."""
-
-    def __init__(self, parameters: Parameters, stopper: Stopper):
-        self.parameters = parameters
-        self.stopper = stopper
+        # Set-up: parameters, images, networks, and where the run stands.
+        folder = run_of_job(LOGS, job_id()) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
+        if folder is None and arguments.resume:
+            folder = run_to_resume(LOGS, arguments.resume)
+        checkpoint = None if folder is None else load_checkpoint(folder)
+        default = "parameters.json" if folder is None else folder / "parameters.json"
+        parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
-        self.runtime = choose_runtime(training.precision)
-        make_deterministic(training.seed)
+        runtime = start_runtime(training.precision)
+        seed_without_tf32(training.seed)
+        is_cuda = runtime.device.type == "cuda"
+        loader = partial(make_loader, workers=data.workers, pin_memory=is_cuda)
+        flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
 
-        self.train_set = ImageFolder(data.train)
-        self.val_set = ImageFolder(data.val, Transform(t.resize_size, t.val_crop_size))
-        self.steps_per_epoch = len(self.batches(epoch=0))
-        self.total_steps = self.steps_per_epoch * training.epochs
-        self.check_unreadable = unreadable_check([self.train_set.folder_of(i) for i in range(len(self.train_set))])
-        self.loader = partial(make_loader, workers=data.workers, pin_memory=self.runtime.device.type == "cuda")
+        train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
+        folders = [train_set.folder_of(i) for i in range(len(train_set))]
+        reduction = Reduction(t.scale, t.interpolation, t.antialias)
+        teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
+        targets = val_set.targets(teachers[0].class_names)
+        network = build_darionet(d.features, d.blocks, d.growth, d.initial_weights, runtime.device)
+        network.recompute = training.recompute
+        average = None
+        if training.ema_decay is not None:
+            average = AveragedModel(network, multi_avg_fn=partial(ema_update, decay=training.ema_decay))
+        evaluated = network if average is None else average.module  # what is validated and written
 
-        classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
-        classifier.to(self.runtime.device, memory_format=torch.channels_last)
-        for key in ("train_crop_size", "val_crop_size"):
-            classifier.require(getattr(t, key), f"transformations.{key}")
-        if self.runtime.precision != "float32":
-            classifier.fold(DTYPES[self.runtime.precision])
-        self.targets = self.val_set.targets(classifier.class_names)
-        self.network = build_darionet(d.features, d.blocks, d.growth, d.initial_weights, self.runtime.device)
-        self.network.recompute = training.recompute
-        scaling = {"scale": t.scale, "interpolation": t.interpolation, "antialias": t.antialias}
-        self.pipeline = Pipeline("DarioNet", classifier, upscaler=self.network, **scaling)
-        loss = partial(distillation_loss, **training.loss.model_dump())
-        self.loss = compiled(loss) if training.compile and self.runtime.device.type == "cuda" else loss
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=training.learning_rate, fused=True)
-        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.precision == "fp16")
+        options = {"teachers": teachers, "weights": training.loss.model_dump()}
+        loss = partial(distillation_loss, **options, clamp_gradient=training.clamp_gradient)
+        loss = compiled(loss) if training.compile and is_cuda else loss
+        restore, evaluated_restore = (Upscale(n, t.interpolation, t.antialias) for n in (network, evaluated))
+        betas = (0.9, training.adam_beta2)
+        optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=betas, fused=True)
+        scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        state = State()
+        remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
+        remembered |= {} if average is None else {"average": average}
 
-        self.epoch = 0  # the one in progress, from 0
-        self.progress = Progress()  # within it
-        self.history: list[dict] = []
-        self.best = math.inf  # validation loss
-        self.estimated = self.resumed = False
-
-    def restore(self, state: dict) -> None:
-        """Goes back to where `checkpoint` stood.
-
-        Raises:
-            InputError: the run was started with other parameters, or another number of processes.
-        """
-        refuse_changes(json.loads(state["parameters"]), self.resolved)
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
-        self.resumed = True
-
-    def checkpoint(self) -> None:
-        if not self.runtime.is_main:
-            return
-        state = {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "progress": asdict(self.progress),
-            "history": self.history,
-            "best": self.best,
-            "parameters": json.dumps(self.resolved),
+        resolved = parameters.model_dump() | {  # what a resumed run has to share with this one
+            "processes": runtime.processes,
+            "used_precision": runtime.precision,  # what "auto" is here
+            "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
+            "classifier_weights": [teacher.fingerprint() for teacher in teachers],
         }
-        save_checkpoint(self.folder, to_cpu(state))
-        self.saved = time.monotonic()
+        if checkpoint is not None:
+            refuse_changes(json.loads(checkpoint["resolved"]), resolved)
+            for name, thing in remembered.items():
+                thing.load_state_dict(checkpoint[name])
 
-    def train(self, folder: Path | None) -> int:
-        """Trains to the end or a signal; returns the exit code. Only the main process has a folder."""
-        self.folder = folder
-        launchers = self.runtime.gather(launcher())
-        if self.runtime.is_main:
-            if "TORCHELASTIC_RESTART_COUNT" in os.environ:
-                remember_job(folder, launchers)
-            write_json(folder / "parameters.json", self.parameters.model_dump())
-            self.announce()
-            if self.parameters.training.save:
-                try:
-                    check_writable(self.parameters.darionet.weights)
-                except OSError as error:
-                    place = self.parameters.darionet.weights
-                    raise InputError(f"{place}: can't be written ({error.strerror}); change darionet.weights") from None
-        if not self.epoch and not self.progress.batch:
-            self.checkpoint()  # what can't be written should fail now, not after an epoch
-        self.saved = time.monotonic()
-        epochs = self.parameters.training.epochs
-        while self.epoch < epochs:
-            if not self.agreed_to_stop():
-                self.train_epoch()
-            scores = None if self.agreed_to_stop() else self.validate()
-            if scores is not None:
-                self.finish_epoch(scores)
-            if self.agreed_to_stop() and self.epoch < epochs:
-                self.checkpoint()
-                if self.runtime.is_main:
-                    started = "python"
-                    if self.runtime.processes > 1:
-                        started = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
-                    command = f"{started} train_darionet.py --resume {folder}"
-                    print(f"Stopped in epoch {self.epoch + 1}. To go on: {command}")
-                    print(folder)
-                return self.stopper.code
-        if not self.runtime.is_main:
-            return 0
-        if self.progress.unreadable:
-            print(f"{len(self.progress.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
-        if self.history[-1]["val_unreadable"]:
-            print(f"{self.history[-1]['val_unreadable']} validation images could not be read and were not scored")
-        if not math.isfinite(self.best):
-            raise InputError(
-                "the validation loss was never finite, so no weights were written: lower training.learning_rate, "
-                "or set training.precision to float32"
-            )
-        if self.parameters.training.save:
-            print(f"Weights of the best validation loss ({self.best:.4f}): {self.parameters.darionet.weights}")
-        print(folder)
-        return 0
+        def remember() -> None:
+            if runtime.is_main:
+                states = {name: to_cpu(thing.state_dict()) for name, thing in remembered.items()}
+                save_checkpoint(folder, states | {"resolved": json.dumps(resolved)})
 
-    def agreed_to_stop(self) -> bool:
-        """Whether any of the processes was asked to stop: then all of them do."""
-        stops = any(self.runtime.gather(self.stopper.requested))
-        if stops:
-            self.stopper.stop_with_others()
-        return stops  # and not what has come since: all have to do the same
+        if runtime.is_main:
+            folder = new_run_folder("train") if folder is None else folder
+            write_json(folder / "parameters.json", parameters.model_dump())
+            remember_job(folder, job_id())
+            announce(parameters, runtime, network, train_set, val_set, reduction, state, folder)
+            if training.save:
+                refuse_unwritable(d.weights)
+        with claim(d.weights if training.save and runtime.is_main else None, folder):
+            if checkpoint is None:
+                remember()  # what can't be written should fail now, not after an epoch
 
-    @cached_property
-    def resolved(self) -> dict:
-        """The parameters and what they meet here: what a resumed run has to share with this one."""
-        return self.parameters.model_dump() | {
-            "processes": self.runtime.processes,
-            "used_precision": self.runtime.precision,  # what "auto" is here
-            "images": {"data.train": self.train_set.fingerprint(), "data.val": self.val_set.fingerprint()},
-            "classifier_weights": self.pipeline.classifier.fingerprint(),
-        }
+            # Training
+            size = training.batch_size * runtime.processes
+            order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
+            steps_per_epoch = len(epoch_batches(len(train_set), size, epoch=0, **order))
+            total_steps = steps_per_epoch * training.epochs
+            first = state.epoch * steps_per_epoch + state.batch
+            saved, begun, estimated = time.monotonic(), time.perf_counter(), False
+            schedule = (total_steps, training.learning_rate, training.schedule, training.warmup_steps)
+            for epoch in range(state.epoch, training.epochs):
+                train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
+                left = epoch_batches(len(train_set), size, epoch=epoch, **order)[state.batch :]
+                bar = progress_bar(
+                    steps_per_epoch, f"epoch {epoch + 1}/{training.epochs}", training.verbose, initial=state.batch
+                )
+                started = time.perf_counter()
+                with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
+                    for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
+                        done = step(
+                            batch,
+                            lambda images: loss(images, reduction(images), restore),
+                            network,
+                            optimizer,
+                            scaler,
+                            runtime,
+                            learning_rate=learning_rate_at(epoch * steps_per_epoch + state.batch, *schedule),
+                            clip_norm=training.gradient_clip_norm,
+                            stop=stopper.requested,
+                        )
+                        if average is not None and done.taken:
+                            average.update_parameters(network)
+                        now = time.perf_counter()
+                        state.count(done, now - started)
+                        started = now
+                        if done.unreadable:
+                            list_unreadable(state, train_set, runtime, folder)
+                            refuse_unreadable(state.unreadable, folders)
+                        bar.set_postfix_str(state.summary(), refresh=False)
+                        bar.update()
+                        at = epoch * steps_per_epoch + state.batch
+                        if not estimated and now - begun > ESTIMATE_AFTER:
+                            estimated = True
+                            seconds = (total_steps - at) * (now - begun) / (at - first)
+                            bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
+                        if time.monotonic() - saved > 60 * training.checkpoint_minutes:
+                            remember()
+                            saved = time.monotonic()
+                        if done.stops:
+                            stopper.stop_with_others()
+                            break
+                if agreed_to_stop(runtime, stopper):
+                    break
 
-    def batches(self, epoch: int) -> list[list[int]]:
-        """The epoch's batches of indices into the training images."""
-        training = self.parameters.training
-        return epoch_batches(
-            len(self.train_set),
-            training.batch_size * self.runtime.processes,
-            seed=training.seed,
-            epoch=epoch,
-            shuffle=training.shuffle,
-            limit=training.batches_per_epoch,
+                # Validation, and what an epoch leaves
+                batches = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
+                with progress_bar(len(batches), "validation", training.verbose, leave=False) as bar:
+                    scores = validate(
+                        lambda images: loss(images, reduction(images), evaluated_restore, with_logits=True),
+                        loader(val_set, runtime.part(batches)),
+                        targets,
+                        runtime,
+                        stopper,
+                        bar,
+                    )
+                if scores is None:
+                    break
+                rate = learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule)
+                row, improved = state.end_epoch(rate, scores)
+                if runtime.is_main:
+                    if improved:
+                        weights = to_cpu(evaluated.state_dict())
+                        for path in [folder / "best.pt"] + ([Path(d.weights)] if training.save else []):
+                            save_file(weights, path)
+                            write_note(path, note(parameters, reduction, folder))
+                    write_csv(folder / "history.csv", state.history)
+                    plots.training_curves(state.history, folder / "curves.png")
+                    sample = Pipeline(OURS, teachers[0], reduction, evaluated_restore)
+                    draw_samples(sample, val_set, runtime, folder / "samples" / f"epoch_{state.epoch:02d}.png")
+                    print_epoch(row, training.epochs, improved)
+                remember()
+                saved = time.monotonic()
+
+            # The end
+            if state.epoch < training.epochs:
+                remember()
+                print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}")
+                print(folder)
+                return stopper.code
+    if state.unreadable:
+        print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
+    if state.history[-1]["val_unreadable"]:
+        print(f"{state.history[-1]['val_unreadable']} validation images could not be read and were not scored")
+    if not math.isfinite(state.best):
+        raise InputError(
+            "the validation loss was never finite, so no weights were written: lower training.learning_rate, "
+            "or set training.precision to float32"
         )
-
-    def bar(self, total: int, description: str, **options) -> tqdm:
-        """A progress bar, on terminals alone."""
-        verbose = self.parameters.training.verbose and self.runtime.is_main
-        return tqdm(total=total, desc=description, disable=None if verbose else True, **options)
-
-    def learning_rate(self, batch: int) -> float:
-        training = self.parameters.training
-        step = self.epoch * self.steps_per_epoch + batch
-        return learning_rate_at(
-            step, self.total_steps, training.learning_rate, training.schedule, training.warmup_steps
-        )
-
-    def train_epoch(self) -> None:
-        """Trains on what is left of the epoch, or until a signal asks to stop."""
-        t, training = self.parameters.transformations, self.parameters.training
-        self.train_set.transform = Transform(
-            t.resize_size,
-            t.train_crop_size,
-            t.random_horizontal_flip_probability,
-            t.random_vertical_flip_probability,
-            training.seed,
-            self.epoch,
-        )
-        left = [self.runtime.part(batch) for batch in self.batches(self.epoch)[self.progress.batch :]]
-        bar = self.bar(self.steps_per_epoch, f"epoch {self.epoch + 1}/{training.epochs}", initial=self.progress.batch)
-        try:
-            train_epoch(
-                self.pipeline,
-                self.loss,
-                self.optimizer,
-                self.scaler,
-                self.loader(self.train_set, left),
-                self.runtime,
-                self.progress,
-                learning_rate=self.learning_rate,
-                gradient_clip_norm=training.gradient_clip_norm,
-                check_unreadable=self.check_unreadable,
-                after_step=self.after_step,
-                stopper=self.stopper,
-                bar=bar,
-            )
-        except torch.OutOfMemoryError:
-            raise out_of_memory(self.runtime, training.batch_size, "training.batch_size") from None
-        finally:
-            bar.close()
-            self.list_unreadable()
-
-    def after_step(self) -> None:
-        """Says once how long the run will take, and saves a checkpoint every checkpoint_minutes."""
-        if self.runtime.is_main and not self.estimated:
-            self.estimate()
-        if time.monotonic() - self.saved > 60 * self.parameters.training.checkpoint_minutes:
-            self.checkpoint()
-
-    def estimate(self) -> None:
-        """Says how long the run will take, once there are some seconds of training to tell from."""
-        p = self.progress
-        trained = p.seconds + sum(row["seconds"] for row in self.history)
-        if trained <= ESTIMATE_AFTER:
-            return
-        self.estimated = True
-        images = p.images + sum(row["seconds"] * row["images_per_second"] for row in self.history)
-        steps = self.total_steps - self.epoch * self.steps_per_epoch - p.batch
-        seconds = steps * self.parameters.training.batch_size * self.runtime.processes * trained / max(1, images)
-        tqdm.write(f"Training to go: {duration(seconds)}, at {images / trained:.1f} images/s")
-
-    def validate(self) -> dict | None:
-        """The scores on the validation images; None where a signal asked to stop."""
-        size = self.parameters.training.batch_size
-        batches = [list(range(i, min(i + size, len(self.val_set)))) for i in range(0, len(self.val_set), size)]
-        batches = self.runtime.part(batches)
-        with self.bar(len(batches), "validation", leave=False) as bar:
-            loader = self.loader(self.val_set, batches)
-            return validate(self.pipeline, self.loss, loader, self.targets, self.runtime, self.stopper, bar)
-
-    def finish_epoch(self, scores: dict) -> None:
-        """Writes history, figures, weights and a checkpoint; the next epoch is in progress afterwards."""
-        p = self.progress
-        loss, psnr = p.summary()
-        row = {
-            "epoch": self.epoch + 1,
-            "learning_rate": self.learning_rate(self.steps_per_epoch - 1),
-            "train_loss": loss,
-            "train_psnr_db": psnr,
-            **scores,
-            "seconds": round(p.seconds, 2),
-            "images_per_second": round(p.images / max(p.seconds, 1e-9), 2),
-            "skipped_steps": p.skipped,
-            "unreadable": len(p.unreadable),
-        }
-        self.history.append(row)
-        improved = row["val_loss"] < self.best
-        self.best = min(self.best, row["val_loss"])
-        if self.runtime.is_main:
-            self.write_epoch(row, improved)
-        self.epoch += 1
-        self.progress = p.new_epoch()
-        self.checkpoint()
-
-    def write_epoch(self, row: dict, improved: bool) -> None:
-        """Writes what an epoch leaves, and prints its line."""
-        weights = self.parameters.darionet.weights
-        if improved:
-            for path in [self.folder / "best.pt"] + ([weights] if self.parameters.training.save else []):
-                save_file(to_cpu(self.network.state_dict()), path)
-                write_json(note_of(path), self.provenance())
-        write_csv(self.folder / "history.csv", self.history)
-        plots.training_curves(self.history, self.folder / "curves.png")
-        self.draw_samples(self.folder / "samples" / f"epoch_{self.epoch + 1:02d}.png")
-        accuracy = "" if row["val_accuracy"] is None else f"accuracy {row['val_accuracy']:.4f}, "
-        print(
-            f"epoch {row['epoch']}/{self.parameters.training.epochs}: loss {row['train_loss']:.4f}; "
-            f"validation loss {row['val_loss']:.4f}, {row['val_psnr_db']:.2f} dB, {accuracy}"
-            f"agreement {row['val_agreement']:.4f}; {row['images_per_second']:.1f} images/s, "
-            f"{row['seconds']:.0f} s{' (best so far)' if improved else ''}"
-        )
-
-    @torch.no_grad()
-    def draw_samples(self, path: Path) -> None:
-        """A strip of validation images from all over the folder: original, small, bilinear, DarioNet."""
-        spread = range(0, len(self.val_set), max(1, len(self.val_set) // SAMPLES))
-        images = [image for _, image in map(self.val_set.__getitem__, spread) if isinstance(image, torch.Tensor)]
-        if not images:
-            return
-        originals = to_float(torch.stack(images[:SAMPLES]), self.runtime.device)
-        with self.runtime.autocast():
-            small, rebuilt, _ = self.pipeline(originals)
-        bilinear = Pipeline("Bilinear", self.pipeline.classifier, scale=None).restore(small, originals.shape[-2:])
-        plots.image_grid({"original": originals, "small": small, "bilinear": bilinear, "DarioNet": rebuilt}, None, path)
-
-    def provenance(self) -> dict:
-        """What the weights were trained for; stands beside them, so that others can say when their input differs."""
-        t = self.parameters.transformations
-        return {
-            "scale": t.scale,
-            "interpolation": t.interpolation,
-            "antialias": t.antialias,
-            "classifier": self.parameters.classifier.model_dump(),
-            "loss": self.parameters.training.loss.model_dump(),
-            "run": str(self.folder),
-        }
-
-    def list_unreadable(self) -> None:
-        if not self.runtime.is_main:
-            return
-        rows = [{"image": self.train_set.paths[i], "reason": r} for i, r in sorted(self.progress.unreadable.items())]
-        if rows:
-            write_csv(self.folder / "unreadable.csv", rows)
-
-    def announce(self) -> None:
-        """Prints what will be done, and on what."""
-        t, training, d = self.parameters.transformations, self.parameters.training, self.parameters.darionet
-        terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
-        count = sum(p.numel() for p in self.network.parameters())
-        print(f"DarioNet: {d.blocks} blocks, {count:,} parameters, from {d.initial_weights or 'random weights'}")
-        print(f"Classifier: {self.parameters.classifier.architecture}, {self.parameters.classifier.weights}, frozen")
-        print(f"Images: {len(self.train_set)} in {self.train_set.root}")
-        print(f"Validation: {len(self.val_set)} in {self.val_set.root}")
-        print(
-            f"Scaler: x{t.scale} {t.interpolation}{', antialiased' if t.antialias else ''}; crops: {t.train_crop_size}"
-        )
-        print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
-        print(f"Steps: {training.epochs} epochs of {self.steps_per_epoch}, batch size {training.batch_size}")
-        print(f"Machine: {self.runtime.describe()}")
-        if self.resumed:
-            print(f"Resumed at epoch {self.epoch + 1}, step {self.progress.batch + 1}")
-        print(f"Run folder: {self.folder}")
+    if training.save:
+        print(f"Weights of the best validation loss ({state.best:.4f}): {d.weights}")
+    print(folder)
+    return 0
 
 
-def duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else "less than a minute"
+def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> FrozenClassifier:
+    """A classifier on the device, known to read the crops of training and validation."""
+    classifier = open_classifier(**arguments).to(runtime.device, memory_format=torch.channels_last)
+    for key in ("train_crop_size", "val_crop_size"):
+        classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
+    if runtime.precision != "float32":
+        classifier.fold(DTYPES[runtime.precision])
+    return classifier
+
+
+def refuse_unwritable(weights: str) -> None:
+    try:
+        check_writable(weights)
+    except OSError as error:
+        raise InputError(f"{weights}: can't be written ({error.strerror}); change darionet.weights") from None
+
+
+def resume_command(runtime: Runtime, folder: Path | None) -> str:
+    if runtime.processes == 1:
+        return f"python train_darionet.py --resume {folder}"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} train_darionet.py --resume {folder}"
+
+
+def announce(
+    parameters: Parameters,
+    runtime: Runtime,
+    network: RRDBNet,
+    train_set: ImageTree,
+    val_set: ImageTree,
+    reduction: Reduction,
+    state: State,
+    folder: Path,
+) -> None:
+    """Prints what will be done, and on what."""
+    t, training, d = parameters.transformations, parameters.training, parameters.darionet
+    terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
+    count = sum(p.numel() for p in network.parameters())
+    print(f"DarioNet: {d.blocks} blocks, {count:,} parameters, from {d.initial_weights or 'random weights'}")
+    for classifier in parameters.classifier:
+        print(f"Classifier: {classifier.architecture}, {classifier.weights or 'its own weights'}, frozen")
+    print(f"Images: {len(train_set)} in {train_set.root}")
+    print(f"Validation: {len(val_set)} in {val_set.root}")
+    print(f"Reduction: {reduction}; crops: {t.train_crop_size}")
+    print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
+    print(f"{training.epochs} epochs, batch size {training.batch_size}; {runtime.describe()}")
+    if state.epoch or state.batch:
+        print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
+    print(f"Run folder: {folder}")
+
+
+def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
+    """What the weights were trained for; stands beside them, so that others can say when their input differs."""
+    return {
+        **reduction.note(),
+        "classifier": parameters.model_dump()["classifier"],
+        "loss": parameters.training.loss.model_dump(),
+        "run": str(folder),
+    }
+
+
+def list_unreadable(state: State, train_set: ImageTree, runtime: Runtime, folder: Path | None) -> None:
+    if runtime.is_main:
+        rows = [{"image": train_set.paths[i], "reason": reason} for i, reason in sorted(state.unreadable.items())]
+        write_csv(folder / "unreadable.csv", rows)
+
+
+def print_epoch(row: dict, epochs: int, improved: bool) -> None:
+    accuracy = "" if row["val_accuracy"] is None else f"accuracy {row['val_accuracy']:.4f}, "
+    print(
+        f"epoch {row['epoch']}/{epochs}: loss {row['train_loss']:.4f}; "
+        f"validation loss {row['val_loss']:.4f}, {row['val_psnr_db']:.2f} dB, {accuracy}"
+        f"agreement {row['val_agreement']:.4f}; {row['images_per_second']:.1f} images/s, "
+        f"{row['seconds']:.0f} s{' (best so far)' if improved else ''}"
+    )
+
+
+@torch.no_grad()
+def draw_samples(pipeline: Pipeline, val_set: ImageTree, runtime: Runtime, path: Path) -> None:
+    """A strip of validation images from all over the folder: original, small, bilinear, DarioNet."""
+    spread = range(0, len(val_set), max(1, len(val_set) // SAMPLES))
+    images = [image for _, image in map(val_set.__getitem__, spread) if isinstance(image, torch.Tensor)]
+    if not images:
+        return
+    originals = to_float(torch.stack(images[:SAMPLES]), runtime.device)
+    with runtime.autocast():
+        small, rebuilt, _ = pipeline(originals)
+    bilinear = Enlarge("bilinear")(small, originals.shape[-2:])
+    plots.image_grid({"original": originals, "small": small, BASELINE: bilinear, OURS: rebuilt}, None, path)
 
 
 if __name__ == "__main__":

@@ -9,27 +9,24 @@
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen.
 """
 
-import signal
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the seconds of the imports ends it without a traceback
-
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import LONGEST, ImageFolder, Transform, UnreadableImage, read_image, to_float
-from experiment.metrics import write_csv, write_json
-from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import Stopper, choose_runtime, make_deterministic, new_run_folder
-from models.classifier import FrozenClassifier
+from experiment.data import LONGEST, ImageTree, Transform, UnreadableImage, read_image, to_float
+from experiment.metrics import BASELINE, require_finite, write_csv, write_json
+from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size
 from models.errors import InputError
-from models.pipeline import Pipeline
+from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.scaler import Reduction
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
 LARGEST_SMALL = 1.5  # times val_crop_size: an image larger than that is not small
@@ -38,26 +35,26 @@ LARGEST_SMALL = 1.5  # times val_crop_size: an image larger than that is not sma
 class Reader:
     """The networks, and one way to ask them: an image in, a rebuilt image and a prediction out."""
 
-    def __init__(self, parameters, weights: str):
-        self.t = parameters.transformations
-        self.runtime = choose_runtime(parameters.test.precision)
-        make_deterministic(parameters.test.seed)
-        self.upscalers = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
-        self.classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
+    def __init__(self, parameters: Parameters, weights: list[str]):
+        t = self.t = parameters.transformations
+        self.runtime = start_runtime(parameters.test.precision)
+        seed_without_tf32(parameters.test.seed)
+        self.reduction = Reduction(t.scale, t.interpolation, t.antialias)
+        networks = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
+        self.restores = {BASELINE: Enlarge("bilinear")}  # by the name of the results table's row
+        self.restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
+        self.classifier = open_classifier(**parameters.classifier[0].model_dump())
         self.classifier.to(self.runtime.device, memory_format=torch.channels_last)
-        self.classifier.require(self.t.val_crop_size, "transformations.val_crop_size")
+        self.classifier.require(t.val_crop_size, "transformations.val_crop_size")
 
-    def pipeline(self, name: str, scale: float | None) -> Pipeline:
-        """The pipeline of a row of the results table; `scale` None takes images that are small already."""
-        return Pipeline(
-            name,
-            self.classifier,
-            upscaler=self.upscalers.get(name),
-            scale=scale,
-            interpolation=self.t.interpolation,
-            antialias=self.t.antialias,
-            enlarge="bilinear" if name == "Bilinear" else None,
-        )
+    @property
+    def networks(self) -> list[str]:
+        """Names of the rows that a network rebuilds, DarioNet last."""
+        return [name for name in self.restores if name != BASELINE]
+
+    def pipeline(self, name: str, reduce: Callable[[Tensor], Tensor]) -> Pipeline:
+        """The pipeline of a row; `reduce` is `unchanged` for images that are small already."""
+        return Pipeline(name, self.classifier, reduce, self.restores[name])
 
     @torch.no_grad()
     def read(
@@ -67,8 +64,7 @@ class Reader:
         with self.runtime.autocast():
             small, rebuilt, logits = pipeline(image, size)
         probabilities = logits[0].float().softmax(0)
-        if not probabilities.isfinite().all():
-            raise InputError(f"the scores on {pipeline.name}'s image are not finite: its weights are damaged")
+        require_finite(logits, f"the image of {pipeline.name}")
         index = int(probabilities.argmax())
         prediction = {
             "class": self.classifier.class_names[index],
@@ -107,7 +103,7 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("image", help="an image, or with --small a folder of images")
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
-    parser.add_argument("--weights", metavar="FILE", help="DarioNet's weights (default: darionet.weights)")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
     arguments = parser.parse_args()
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
     path = Path(arguments.image)
@@ -117,11 +113,11 @@ def main() -> int:
         raise InputError(
             f"{path}: a folder; add --small to read every image below it, test.py measures labelled folders"
         )
-    weights = arguments.weights or parameters.darionet.weights
+    weights = arguments.weights or [parameters.darionet.weights]
     reader = Reader(parameters, weights)
-    t = parameters.transformations
-    if not arguments.small and (note := other_input(weights, t.scale, t.interpolation, t.antialias)):
-        print(note)
+    for path_of_weights in weights if not arguments.small else ():
+        if note := other_input(path_of_weights, reader.reduction):
+            print(note)
     if path.is_dir():
         with Stopper() as stopper:
             return read_folder(reader, path, weights, parameters.model_dump(), stopper)
@@ -129,7 +125,7 @@ def main() -> int:
         image = reader.load(path, arguments.small)
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}") from None
-    if arguments.small and (note := other_size(weights, min(image.shape[-2:]), t.val_crop_size)):
+    if arguments.small and (note := other_size(weights[-1], min(image.shape[-2:]), reader.t.val_crop_size)):
         print(note)
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters.model_dump())
@@ -154,23 +150,23 @@ def verdict(prediction: dict) -> str:
 
 def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
     """Writes scales.png and classification.png; returns the predictions."""
-    scale, names = reader.t.scale, list(reader.upscalers)
-
+    names = reader.networks
     rows = []
     for factor in FACTORS:
-        results = {name: reader.read(reader.pipeline(name, 1 / factor), image) for name in ["Bilinear", *names]}
-        small = results["Bilinear"][0]
+        reduction = replace(reader.reduction, scale=1 / factor)
+        results = {name: reader.read(reader.pipeline(name, reduction), image) for name in [BASELINE, *names]}
+        small = results[BASELINE][0]
         row = [image[0], small, *(rebuilt for _, rebuilt, _ in results.values())]
         rows.append((f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px", row))
     plots.scales(rows, ["original", "small", "bilinear", *names], folder / "scales.png")
 
-    order = ["DarioNet", *(name for name in names if name != "DarioNet")]
-    wanted = [(f"x{scale}, {name}", name, scale) for name in ["Bilinear", *order]]
-    wanted += [("original", "Bilinear", None)]
-    wanted += [(f"original rebuilt at x4, {name}", name, None) for name in order]
+    order = names[::-1]
+    wanted = [(f"x{reader.reduction.scale}, {name}", name, reader.reduction) for name in [BASELINE, *order]]
+    wanted += [("original", BASELINE, unchanged)]
+    wanted += [(f"original rebuilt at x4, {name}", name, unchanged) for name in order]
     panels, predictions = [], []
-    for title, name, factor in wanted:
-        _, rebuilt, prediction = reader.read(reader.pipeline(name, factor), image)
+    for title, name, reduce in wanted:
+        _, rebuilt, prediction = reader.read(reader.pipeline(name, reduce), image)
         panels.append((title, rebuilt, verdict(prediction)))
         predictions.append({"of": title, **prediction})
     plots.panels(panels, len(names) + 1, folder / "classification.png")
@@ -180,8 +176,8 @@ def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list
 def read_small(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
     """Writes small.png; returns the predictions."""
     panels, predictions = [], []
-    for name in ["Bilinear", *reader.upscalers]:
-        small, rebuilt, prediction = reader.read(reader.pipeline(name, None), image, reader.full_size(image))
+    for name in [BASELINE, *reader.networks]:
+        small, rebuilt, prediction = reader.read(reader.pipeline(name, unchanged), image, reader.full_size(image))
         panels.append((name, rebuilt, verdict(prediction)))
         predictions.append({"of": name, **prediction})
     first = (f"as it came, {small.shape[-1]} x {small.shape[-2]} px", small, "")
@@ -189,16 +185,18 @@ def read_small(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
     return predictions
 
 
-def read_folder(reader: Reader, path: Path, weights: str, parameters: dict, stopper: Stopper) -> int:
+def read_folder(reader: Reader, path: Path, weights: list[str], parameters: dict, stopper: Stopper) -> int:
     """Writes predictions.csv, one row an image; returns 1 where an image could not be read.
 
     After Ctrl-C or SIGTERM it writes the rows of the images that were read.
     """
-    paths = ImageFolder(str(path)).paths
+    paths = ImageTree(str(path)).paths
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters)
     rows, unreadable = [], []
-    for name in tqdm(paths, desc="reading", unit="image", disable=None):
+    bar = progress_bar(len(paths), "reading", unit="image")
+    for name in paths:
+        bar.update()
         if stopper.requested:
             print(f"Stopped: {len(rows) + len(unreadable)} of {len(paths)} images were looked at")
             break
@@ -208,10 +206,11 @@ def read_folder(reader: Reader, path: Path, weights: str, parameters: dict, stop
             unreadable.append({"image": name, "reason": str(error)})
             continue
         row = {"image": name, "width": image.shape[-1], "height": image.shape[-2]}
-        for variant in ["DarioNet", "Bilinear"]:
-            prediction = reader.read(reader.pipeline(variant, None), image, reader.full_size(image))[2]
+        for variant in [*reader.networks[::-1], BASELINE]:
+            prediction = reader.read(reader.pipeline(variant, unchanged), image, reader.full_size(image))[2]
             row |= {f"{variant.lower()}_{key}": value for key, value in prediction.items()}
         rows.append(row)
+    bar.close()
     if unreadable:
         write_csv(folder / "unreadable.csv", unreadable)
         print(f"{len(unreadable)} images could not be read: {folder / 'unreadable.csv'}")
@@ -219,7 +218,7 @@ def read_folder(reader: Reader, path: Path, weights: str, parameters: dict, stop
         write_csv(folder / "predictions.csv", rows)
         print(f"{len(rows)} images read: {folder / 'predictions.csv'}")
         sides = sorted(min(row["width"], row["height"]) for row in rows)
-        if note := other_size(weights, sides[len(sides) // 2], reader.t.val_crop_size):
+        if note := other_size(weights[-1], sides[len(sides) // 2], reader.t.val_crop_size):
             print(note)
     print(folder)
     return stopper.code if stopper.requested else 1 if unreadable else 0

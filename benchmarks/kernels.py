@@ -16,7 +16,7 @@ import sys
 import torch
 
 from benchmarks.throughput import machine, timed
-from experiment.runtime import DTYPES, Runtime, choose_runtime
+from experiment.runtime import DTYPES, Runtime, start_runtime
 from models.fast import PLAIN, convolve
 
 FEATURES, GROWTH, SIDE = 64, 32, 81
@@ -27,7 +27,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int)
     arguments = parser.parse_args()
-    runtime = choose_runtime("auto")
+    runtime = start_runtime("auto")
     batch = arguments.batch or (2 if runtime.device.type == "cpu" else 16)
     print(f"Machine: {machine(runtime)}; torch {torch.__version__}")
     print(f"GFLOP/s, the best of {TURNS} turns; batch {batch}, {SIDE}x{SIDE}")

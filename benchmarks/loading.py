@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
-from experiment.runtime import Runtime, choose_runtime
+from experiment.runtime import Runtime, start_runtime
 
 WIDTH, HEIGHT = 500, 375
 DISTINCT = 64  # drawn images; the others are hard links to them
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    runtime = choose_runtime("auto")
+    runtime = start_runtime("auto")
     print(f"Machine: {runtime.describe()}, {os.cpu_count()} cores; torch {torch.__version__}")
     with tempfile.TemporaryDirectory() as folder:
         drawn = draw(Path(folder) / "drawn")

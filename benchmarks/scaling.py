@@ -23,7 +23,7 @@ import torch
 
 from benchmarks.correctness import frozen, random_classifier, random_network
 from benchmarks.throughput import Ours
-from experiment.runtime import choose_runtime, make_deterministic
+from experiment.runtime import start_runtime, seed_without_tf32
 from models.darionet import prepare
 from models.rrdbnet import RRDBNet
 
@@ -101,8 +101,8 @@ def start(processes: int, blocks: int) -> dict[str, float]:
 
 def process(blocks: int) -> int:
     """Seconds of a training step, gradients averaged with the other processes, and of the averaging alone."""
-    runtime = choose_runtime("auto")
-    make_deterministic(1337)
+    runtime = start_runtime("auto")
+    seed_without_tf32(1337)
     images = 2 if runtime.device.type == "cpu" else 16
     generator = torch.Generator().manual_seed(runtime.rank)
     batches = list(torch.randint(0, 256, (1, images, 3, 256, 256), dtype=torch.uint8, generator=generator))

@@ -38,7 +38,7 @@ from benchmarks.correctness import all_checks, frozen, plain_twin, print_checks,
 from benchmarks.plain import plain_loss
 from experiment.data import Batch, to_float
 from experiment.distillation import Progress, distillation_loss, train_epoch, validate
-from experiment.runtime import DTYPES, Runtime, Stopper, choose_runtime, compiled, make_deterministic
+from experiment.runtime import DTYPES, Runtime, Stopper, start_runtime, compiled, seed_without_tf32
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet, prepare
 from models.pipeline import Pipeline
@@ -68,8 +68,8 @@ def main() -> int:
     if arguments.definition:
         ResidualDenseBlock.forward = ResidualDenseBlock.plain
 
-    runtime = choose_runtime("auto")
-    make_deterministic(1337)
+    runtime = start_runtime("auto")
+    seed_without_tf32(1337)
     device = runtime.device
     print(f"Machine: {machine(runtime)}; torch {torch.__version__}, torchvision {torchvision.__version__}")
     result = {"device": runtime.describe(), "torch": torch.__version__, "size": size, "side": arguments.side}

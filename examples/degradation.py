@@ -21,7 +21,7 @@ from tqdm import tqdm
 from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.metrics import write_json
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import choose_runtime, make_deterministic, new_run_folder
+from experiment.runtime import start_runtime, seed_without_tf32, new_run_folder
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet, trained_for
 from models.errors import InputError
@@ -54,8 +54,8 @@ def main() -> None:
     arguments = parser.parse_args()
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
     t, options = parameters.transformations, parameters.test
-    runtime = choose_runtime(options.precision)
-    make_deterministic(options.seed)
+    runtime = start_runtime(options.precision)
+    seed_without_tf32(options.seed)
     dataset = ImageFolder(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)

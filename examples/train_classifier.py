@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import choose_runtime, make_deterministic
+from experiment.runtime import start_runtime, seed_without_tf32
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, published_weights, save_classifier
 from models.errors import InputError
 
@@ -38,8 +38,8 @@ def main() -> None:
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
     t, data, seed = parameters.transformations, parameters.data, parameters.training.seed
 
-    runtime = choose_runtime(parameters.training.precision)
-    make_deterministic(seed)
+    runtime = start_runtime(parameters.training.precision)
+    seed_without_tf32(seed)
     rng = random.Random(seed)
     train_set, val_set = ImageFolder(data.train), ImageFolder(data.val, Transform(t.resize_size, t.val_crop_size))
     class_names = sorted({train_set.folder_of(i) for i in range(len(train_set))})

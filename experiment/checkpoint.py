@@ -3,11 +3,15 @@
 import errno
 import hashlib
 import json
+import math
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
+
+from experiment.distillation import Step
 
 from models.errors import InputError
 from models.weights import load_file, save_to, write_atomically
@@ -20,6 +24,85 @@ MARK = b"\nSHA-256 "  # torch and zip ignore what stands after the archive: this
 TRAILER = len(MARK) + 64
 # What a resumed run may change: it alters neither the images nor the steps.
 FREE = ("training.verbose", "training.save", "training.checkpoint_minutes", "data.workers")
+
+
+BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
+
+
+@dataclass
+class State:
+    """Where a training run stands: all that it remembers beside its network, optimiser and scaler."""
+
+    epoch: int = 0  # the one in progress, from 0
+    batch: int = 0  # the next one of it
+    images: int = 0  # of the epoch so far, like the sums that follow
+    loss: float = 0.0
+    psnr_db: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0  # steps not taken, their loss was not finite
+    bad_in_a_row: int = 0
+    best: float = math.inf  # validation loss
+    history: list[dict] = field(default_factory=list)  # a row an epoch
+    unreadable: dict[int, str] = field(default_factory=dict)  # index of a training image -> reason, of the whole run
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, values: dict) -> None:
+        for name, value in values.items():
+            setattr(self, name, value)
+
+    def count(self, done: Step, seconds: float) -> None:
+        """Adds a step that took `seconds`.
+
+        Raises:
+            InputError: it is the tenth in a row that could not be taken.
+        """
+        self.batch += 1
+        self.seconds += seconds
+        self.unreadable |= done.unreadable
+        if done.taken:
+            self.images += done.images
+            self.loss += done.loss
+            self.psnr_db += done.psnr_db
+            self.bad_in_a_row = 0
+        elif done.images:
+            self.skipped += 1
+            self.bad_in_a_row += done.bad
+        if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            raise InputError(
+                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower training.learning_rate, "
+                "or set training.precision to float32; the last checkpoint stands"
+            )
+
+    def means(self) -> tuple[float, float, float]:
+        """Loss (infinite without images), PSNR in dB and images/s of the epoch so far."""
+        n = max(1, self.images)
+        return self.loss / n if self.images else math.inf, self.psnr_db / n, self.images / max(self.seconds, 1e-9)
+
+    def summary(self) -> str:
+        return "loss {:.4f}, {:.2f} dB, {:.1f} images/s".format(*self.means())
+
+    def end_epoch(self, learning_rate: float, scores: dict) -> tuple[dict, bool]:
+        """The row of history.csv, and whether its validation loss is the best; the next epoch is in progress then."""
+        loss, psnr, speed = self.means()
+        row = {
+            "epoch": self.epoch + 1,
+            "learning_rate": learning_rate,
+            "train_loss": loss,
+            "train_psnr_db": psnr,
+            **scores,
+            "seconds": round(self.seconds, 2),
+            "images_per_second": round(speed, 2),
+            "skipped_steps": self.skipped,
+            "unreadable": len(self.unreadable),
+        }
+        improved = row["val_loss"] < self.best
+        self.history.append(row)
+        self.best = min(self.best, row["val_loss"])
+        kept = ("bad_in_a_row", "best", "history", "unreadable")
+        self.load_state_dict(asdict(State()) | {name: getattr(self, name) for name in kept} | {"epoch": self.epoch + 1})
+        return row, improved
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:

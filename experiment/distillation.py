@@ -1,9 +1,9 @@
-"""The loss, one training epoch, and the validation that follows it."""
+"""The terms of the loss, one training step, and the validation."""
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -11,57 +11,138 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, Batch, to_float
+from experiment.data import NO_LABEL, Batch, batches_until_stopped, to_float
+from experiment.metrics import require_finite
 from experiment.runtime import Runtime, Stopper
+from models.classifier import FrozenClassifier, Look
 from models.errors import InputError
-from models.pipeline import Pipeline
-from models.scaler import at_least_float32
+from models.pipeline import Size
 
-BAD_STEPS_IN_A_ROW = 10  # non-finite losses that are skipped before the run gives up
 UNREADABLE_SHARE = 0.001  # of the images, where there are more than UNREADABLE_FREE
 UNREADABLE_FREE = 1000
+
+Restore = Callable[[Tensor, Size], Tensor]
+
+
+class Views:
+    """What the terms of the loss compare, each computed when it is first asked for.
+
+    Args:
+        images: (N,3,H,W) float in [0,1], the originals.
+        small: (N,3,h,w) float in [0,1], what was made of them.
+        restore: see Pipeline.
+        teachers: the frozen classifiers.
+        clamp_gradient: True stops the gradient where the rebuilt image leaves [0,1], as a clamp does; False lets it
+            pass, so that such pixels are called back.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        small: Tensor,
+        restore: Restore,
+        teachers: Sequence[FrozenClassifier],
+        clamp_gradient: bool = True,
+    ):
+        self.images, self.small = images, small
+        self.restore, self.teachers, self.clamp_gradient = restore, teachers, clamp_gradient
+
+    @cached_property
+    def unclamped(self) -> Tensor:
+        """The rebuilt images as the network gives them, (N,3,H,W)."""
+        return self.restore(self.small, tuple(self.images.shape[-2:]))
+
+    @cached_property
+    def rebuilt(self) -> Tensor:
+        """What a classifier is shown: clamped to [0,1]."""
+        clamped = self.unclamped.clamp(0, 1)
+        return clamped if self.clamp_gradient else self.unclamped + (clamped - self.unclamped).detach()
+
+    @cached_property
+    def on_original(self) -> list[Look]:
+        """What every teacher sees in the originals."""
+        with torch.no_grad():
+            return [teacher.look(self.images) for teacher in self.teachers]
+
+    @cached_property
+    def on_rebuilt(self) -> list[Look]:
+        """What every teacher sees in the rebuilt images."""
+        return [teacher.look(self.rebuilt) for teacher in self.teachers]
+
+    def mean_over_teachers(self, distance: Callable[[Look, Look], Tensor]) -> Tensor:
+        pairs = zip(self.on_rebuilt, self.on_original, strict=True)
+        return torch.stack([distance(rebuilt, original) for rebuilt, original in pairs]).mean()
+
+
+def logits(views: Views) -> Tensor:
+    """MSE of the scores before the softmax: the distillation proper."""
+    return views.mean_over_teachers(lambda rebuilt, original: F.mse_loss(rebuilt.logits, original.logits))
+
+
+def pixels(views: Views) -> Tensor:
+    """Mean absolute error of the pixels before clamping: how PSNR generators are trained (ESRGAN, section 3.4)."""
+    return F.l1_loss(views.unclamped, views.images)
+
+
+def features(views: Views) -> Tensor:
+    """MSE of the inputs of the teacher's last layer."""
+    return views.mean_over_teachers(lambda rebuilt, original: F.mse_loss(rebuilt.features, original.features))
+
+
+def maps(views: Views) -> Tensor:
+    """MSE of the maps of several layers, each over the variance of the original's map: 1 is no better than its mean.
+
+    So a weight means the same for every classifier.
+    """
+
+    def distance(rebuilt: Look, original: Look) -> Tensor:
+        pairs = zip(rebuilt.maps, original.maps, strict=True)
+        return torch.stack([F.mse_loss(found, wanted) / (wanted.var() + 1e-8) for found, wanted in pairs]).mean()
+
+    return views.mean_over_teachers(distance)
+
+
+# A new term is a function here and a weight in training.loss.
+TERMS: dict[str, Callable[[Views], Tensor]] = {"logits": logits, "pixels": pixels, "features": features, "maps": maps}
 
 
 @dataclass
 class Losses:
-    """Means over a batch, as 0-d tensors: the weighted `total` carries the gradient."""
+    """Of a batch: the mean weighted `total` carries the gradient."""
 
-    total: Tensor
-    squared_error: Tensor  # of the pixels, for the PSNR
-    student: Tensor | None  # logits (N, classes) on the rebuilt images, where the loss needed them
-    teacher: Tensor | None  # the same on the originals
+    total: Tensor  # ()
+    terms: dict[str, Tensor]  # () each, not weighted
+    psnr_db: Tensor  # (N)
+    rebuilt: Tensor | None = None  # logits (N, classes) of the first teacher on the rebuilt images, where asked for
+    original: Tensor | None = None  # the same on the originals
 
 
 def distillation_loss(
-    pipeline: Pipeline,
     images: Tensor,
+    small: Tensor,
+    restore: Restore,
+    teachers: Sequence[FrozenClassifier],
+    weights: Mapping[str, float],
     *,
-    logits: float,
-    pixels: float,
-    features: float,
+    clamp_gradient: bool = True,
+    with_logits: bool = False,
 ) -> Losses:
-    """Loss of rebuilding `images`, (N,3,H,W) float in [0,1], for the pipeline's frozen classifier.
+    """The weighted sum of TERMS, as one graph for torch.compile; terms of weight 0 cost nothing.
 
-    logits x MSE of the scores (before the softmax) on the rebuilt and on the original images, the distillation proper;
-    features x MSE of the inputs of the classifier's last layer; pixels x mean absolute error of the rebuilt image
-    before clamping, which is how PSNR generators are trained (Wang et al. 2018, section 3.4).
+    `with_logits` asks for the logits of the first teacher too, whatever the terms need.
     """
-    rebuilt = pipeline.restore(pipeline.reduce(images), tuple(images.shape[-2:]), clamp=False)
-    total = pixels * F.l1_loss(rebuilt, images) if pixels else rebuilt.new_zeros(())
-    shown = rebuilt.clamp(0, 1)
-    student_logits = teacher_logits = None
-    if features:
-        with torch.no_grad():
-            teacher_logits, teacher_features = pipeline.classifier.logits_and_features(images)
-        student_logits, student_features = pipeline.classifier.logits_and_features(shown)
-        total = total + features * F.mse_loss(at_least_float32(student_features), at_least_float32(teacher_features))
-    elif logits:
-        with torch.no_grad():
-            teacher_logits = pipeline.classifier(images)
-        student_logits = pipeline.classifier(shown)
-    if logits:
-        total = total + logits * F.mse_loss(at_least_float32(student_logits), at_least_float32(teacher_logits))
-    return Losses(total, F.mse_loss(shown.detach(), images), student_logits, teacher_logits)
+    views = Views(images, small, restore, teachers, clamp_gradient)
+    terms = {name: TERMS[name](views) for name, weight in weights.items() if weight}
+    total = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
+    losses = Losses(total, terms, psnr_db(views.rebuilt.detach(), images))
+    if with_logits:
+        losses.rebuilt, losses.original = views.on_rebuilt[0].logits, views.on_original[0].logits
+    return losses
+
+
+def psnr_db(found: Tensor, expected: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image, (N,3,H,W) in [0,1] -> (N) in dB; identical images count as 100."""
+    return -10 * (found - expected).square().mean((1, 2, 3)).clamp(min=1e-10).log10()
 
 
 def learning_rate_at(step: int, total: int, base: float, schedule: str, warmup: int) -> float:
@@ -70,114 +151,74 @@ def learning_rate_at(step: int, total: int, base: float, schedule: str, warmup: 
     return rate if schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
+def ema_update(averages: list[Tensor], values: list[Tensor], count: Tensor, decay: float) -> None:
+    """Moves averaged weights towards the trained ones, in place.
+
+    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are soon forgotten.
+    """
+    torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+
+
 @dataclass
-class Progress:
-    """How far an epoch is: what a checkpoint needs to go on within it."""
+class Step:
+    """What a step did, summed over all processes."""
 
-    batch: int = 0  # the next one
-    images: int = 0
-    loss: float = 0.0  # sum over images
-    squared_error: float = 0.0  # likewise
-    seconds: float = 0.0
-    skipped: int = 0  # steps not taken, their loss was not finite
-    bad_in_a_row: int = 0
-    unreadable: dict[int, str] = field(default_factory=dict)  # index -> reason, of the whole run
-
-    def new_epoch(self) -> "Progress":
-        return Progress(bad_in_a_row=self.bad_in_a_row, unreadable=self.unreadable)
-
-    def summary(self) -> tuple[float, float]:
-        """(mean loss, PSNR in dB) over the images so far; infinite loss where there were none."""
-        n = max(1, self.images)
-        return self.loss / n if self.images else math.inf, psnr_db(self.squared_error / n)
+    images: int  # 0 where none of the batch could be read
+    loss: float  # sum over images
+    psnr_db: float  # likewise
+    taken: bool
+    bad: bool  # not taken, and not only because the scale of fp16's gradients is still settling
+    unreadable: dict[int, str]  # index -> reason
+    stops: bool  # a process was asked to stop
 
 
-def psnr_db(squared_error: float) -> float:
-    """Peak signal-to-noise ratio of pixels in [0,1], in dB; identical images count as 100."""
-    return -10 * math.log10(max(squared_error, 1e-10))
-
-
-def train_epoch(
-    pipeline: Pipeline,
-    loss: Callable[[Pipeline, Tensor], Losses],
+def step(
+    batch: Batch,
+    loss: Callable[[Tensor], Losses],
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    loader: DataLoader,
     runtime: Runtime,
-    progress: Progress,
     *,
-    learning_rate: Callable[[int], float],  # of a batch of this epoch, by its number
-    gradient_clip_norm: float | None,
-    check_unreadable: Callable[[dict[int, str]], None],  # raises where there are too many
-    after_step: Callable[[], None],
-    stopper: Stopper,
-    bar: tqdm,
-) -> None:
-    """Trains on what is left of an epoch, counting in `progress`; returns early where a signal asked to stop.
+    learning_rate: float,
+    clip_norm: float | None,
+    stop: bool = False,
+) -> Step:
+    """One step on a batch. It is not taken where loss or gradient are not finite.
 
-    A step whose loss or gradient is not finite is not taken. Under torchrun the loader has this process's part of every
-    batch; the step is that of one process with all of them.
-
-    Raises:
-        InputError: ten such steps in a row, or too many unreadable images.
+    Under torchrun the batch is this process's part; the step is that of one process with all of them, and `stop`, that
+    this process was asked to, becomes `stops` of all.
     """
-    network = pipeline.upscaler
-    network.train()
-    started = time.perf_counter()
-    for batch in quiet_when_stopped(loader, stopper):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(progress.batch)
-        optimizer.zero_grad(set_to_none=True)
-        sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss and squared error, over images
-        if len(batch.images):
-            images = to_float(batch.images, runtime.device)
-            with runtime.autocast():
-                losses = loss(pipeline, images)
-            scaler.scale(losses.total).backward()
-            sums += torch.stack([losses.total.detach(), losses.squared_error]) * len(batch.images)
-        mine = (len(batch.images), stopper.requested, len(batch.unreadable))
-        count, stops, unreadable = runtime.sum_numbers(*mine)
-        if stops:
-            stopper.stop_with_others()
-        if unreadable:
-            for found in runtime.gather(batch.unreadable):
-                progress.unreadable.update(found)
-            check_unreadable(progress.unreadable)
-        if count:
-            average_gradients(network, len(batch.images), count, runtime)
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(network.parameters(), gradient_clip_norm or math.inf)
-            # The one time in a step that the host waits for the device.
-            value, squared_error, norm = torch.cat([runtime.sum(sums), norm.double().view(1)]).tolist()
-            if math.isfinite(value) and math.isfinite(norm):
-                scaler.step(optimizer)
-                scaler.update()
-                progress.images += int(count)
-                progress.loss += value
-                progress.squared_error += squared_error
-                progress.bad_in_a_row = 0
-            else:
-                # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
-                settling = scaler.is_enabled() and math.isfinite(value) and scaler.get_scale() >= 1
-                if scaler.is_enabled():
-                    scaler.update()
-                progress.skipped += 1
-                progress.bad_in_a_row += not settling
-                if progress.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-                    raise InputError(
-                        f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower training.learning_rate, "
-                        "or set training.precision to float32; the last checkpoint stands"
-                    )
-        progress.batch += 1
-        now = time.perf_counter()
-        progress.seconds += now - started
-        started = now
-        mean, psnr = progress.summary()
-        bar.set_postfix_str(f"loss {mean:.4f}, {psnr:.2f} dB, {progress.images / progress.seconds:.1f} images/s", False)
-        bar.update()
-        after_step()
-        if stops or (runtime.processes == 1 and stopper.requested):  # several agree on it at the next step
-            return
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss and PSNR, over images
+    if len(batch.images):
+        images = to_float(batch.images, runtime.device)
+        with runtime.autocast():
+            losses = loss(images)
+        scaler.scale(losses.total).backward()
+        sums += torch.stack([losses.total.detach() * len(images), losses.psnr_db.sum()])
+    count, stops, unreadable = runtime.sum_numbers(len(batch.images), stop, len(batch.unreadable))
+    found = {}
+    if unreadable:
+        for part in runtime.gather(batch.unreadable):
+            found.update(part)
+    if not count:
+        return Step(0, 0.0, 0.0, taken=False, bad=False, unreadable=found, stops=bool(stops))
+    average_gradients(network, len(batch.images), count, runtime)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm or math.inf)
+    # The one time in a step that the host waits for the device.
+    total, psnr, norm = torch.cat([runtime.sum(sums), norm.double().view(1)]).tolist()
+    taken = math.isfinite(total) and math.isfinite(norm)
+    # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
+    settling = scaler.is_enabled() and math.isfinite(total) and scaler.get_scale() >= 1
+    if taken:
+        scaler.step(optimizer)
+    if taken or scaler.is_enabled():
+        scaler.update()
+    return Step(int(count), total, psnr, taken, bad=not taken and not settling, unreadable=found, stops=bool(stops))
 
 
 def average_gradients(network: nn.Module, own: int, count: float, runtime: Runtime) -> None:
@@ -191,19 +232,9 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
         parameter.grad = torch.empty_like(parameter).copy_(gradient.view_as(parameter))  # in the parameter's layout
 
 
-def quiet_when_stopped(loader: DataLoader, stopper: Stopper) -> Iterator[Batch]:
-    """The loader's batches; a worker that a stop signal reached before it could ignore it only ends them early."""
-    try:
-        yield from loader
-    except RuntimeError:
-        if not stopper.requested:
-            raise
-
-
 @torch.no_grad()
 def validate(
-    pipeline: Pipeline,
-    loss: Callable[[Pipeline, Tensor], Losses],
+    loss: Callable[[Tensor], Losses],
     loader: DataLoader,
     targets: list[int],
     runtime: Runtime,
@@ -212,33 +243,35 @@ def validate(
 ) -> dict[str, float | int | None] | None:
     """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None where a signal asked to stop.
 
-    Accuracy is None without labels. Under torchrun the loader has this process's part; the scores are those of all.
+    `loss` gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun the loader has this
+    process's part; the scores are those of all.
+
+    Raises:
+        InputError: none of the images could be read, or scores that are not finite.
     """
-    pipeline.upscaler.eval()
     count = right = labelled = agreeing = unreadable = 0
-    total = squared_error = 0.0
-    for batch in quiet_when_stopped(loader, stopper):
+    total = psnr = 0.0
+    for batch in batches_until_stopped(loader, stopper):
         unreadable += len(batch.unreadable)
         n = len(batch.images)
         if n:
-            images = to_float(batch.images, runtime.device)
             target = torch.tensor([targets[i] for i in batch.indices.tolist()])
             with runtime.autocast():
-                losses = loss(pipeline, images)
-                student = pipeline(images)[2] if losses.student is None else losses.student
-                teacher = pipeline.classifier(images) if losses.teacher is None else losses.teacher
-            predicted, expected = student.argmax(1).cpu(), teacher.argmax(1).cpu()
+                losses = loss(to_float(batch.images, runtime.device))
+            require_finite(losses.original, "the original images")
+            predicted, expected = losses.rebuilt.argmax(1).cpu(), losses.original.argmax(1).cpu()
             count += n
             total += losses.total.item() * n
-            squared_error += losses.squared_error.item() * n
-            right += (predicted == target).sum().item()
+            psnr += losses.psnr_db.sum().item()
+            finite = losses.rebuilt.isfinite().all(1).cpu()  # of a network that diverged nothing is right
+            right += ((predicted == target) & finite).sum().item()
             labelled += (target != NO_LABEL).sum().item()
-            agreeing += (predicted == expected).sum().item()
+            agreeing += ((predicted == expected) & finite).sum().item()
         bar.update()
         if stopper.requested:
             break
-    sums = (count, total, squared_error, right, labelled, agreeing, unreadable, stopper.requested)
-    count, total, squared_error, right, labelled, agreeing, unreadable, stops = runtime.sum_numbers(*sums)
+    sums = (count, total, psnr, right, labelled, agreeing, unreadable, stopper.requested)
+    count, total, psnr, right, labelled, agreeing, unreadable, stops = runtime.sum_numbers(*sums)
     if stops:
         stopper.stop_with_others()
         return None
@@ -246,36 +279,25 @@ def validate(
         raise InputError("none of the validation images could be read; check data.val")
     return {
         "val_loss": total / count,
-        "val_psnr_db": psnr_db(squared_error / count),
+        "val_psnr_db": psnr / count,
         "val_accuracy": right / labelled if labelled else None,
         "val_agreement": agreeing / count,
         "val_unreadable": int(unreadable),
     }
 
 
-def unreadable_check(folders: list[str]) -> Callable[[dict[int, str]], None]:
-    """A check of the unreadable images found so far; `folders` holds the class folder of every training image.
+def refuse_unreadable(unreadable: dict[int, str], folders: list[str]) -> None:
+    """Raises InputError for too many unreadable training images; `folders` has the class folder of every image.
 
-    It raises InputError over 0.1 % of more than 1000 images, or where a class folder has no readable image left.
+    Too many are over 0.1 % of more than 1000 images, or all of a class.
     """
-    sizes: dict[str, int] = {}
-    for folder in folders:
-        sizes[folder] = sizes.get(folder, 0) + 1
     allowed = max(1, math.floor(UNREADABLE_SHARE * len(folders))) if len(folders) > UNREADABLE_FREE else len(folders)
-
-    def check(unreadable: dict[int, str]) -> None:
-        if len(unreadable) > allowed:
-            raise InputError(
-                f"{len(unreadable)} of {len(folders)} training images can't be read, over 0.1 %: "
-                "unreadable.csv in the run folder lists them; mend or remove them"
-            )
-        left = dict(sizes)
-        for index in unreadable:
-            left[folders[index]] -= 1
-            if not left[folders[index]]:
-                raise InputError(
-                    f"no image of {folders[index] or 'the training folder'} can be read: "
-                    "unreadable.csv in the run folder lists them; mend or remove them"
-                )
-
-    return check
+    remedy = "unreadable.csv in the run folder lists them; mend or remove them"
+    if len(unreadable) > allowed:
+        raise InputError(
+            f"{len(unreadable)} of {len(folders)} training images can't be read, over 0.1 %: {remedy}"
+        )
+    lost = {folders[index] for index in unreadable}
+    left = {folder for index, folder in enumerate(folders) if folder in lost and index not in unreadable}
+    for folder in sorted(lost - left):
+        raise InputError(f"no image of {folder or 'the training folder'} can be read: {remedy}")

@@ -4,17 +4,20 @@ import time
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageFolder, to_float
-from experiment.distillation import psnr_db, quiet_when_stopped
+from experiment.data import ImageTree, batches_until_stopped, to_float
+from experiment.distillation import psnr_db
+from experiment.metrics import BASELINE, ORIGINAL, SMALL, require_finite
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier
-from models.pipeline import Pipeline
+from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.rrdbnet import RRDBNet
+from models.scaler import Reduction
 
 SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
 
@@ -30,16 +33,18 @@ class Evaluation:
 
 
 def make_pipelines(
-    classifier: FrozenClassifier, upscalers: dict[str, nn.Module], *, scale: float, interpolation: str, antialias: bool
+    classifier: FrozenClassifier, reduction: Reduction, networks: dict[str, RRDBNet]
 ) -> list[Pipeline]:
-    """The rows of the results table in their order: Original, Small, Bilinear, Bicubic and one per upscaler."""
-    common = {"scale": scale, "interpolation": interpolation, "antialias": antialias}
+    """The rows of the results table in their order. A new row is a Pipeline in this list."""
     return [
-        Pipeline("Original", classifier, rebuild=False, scale=None),
-        Pipeline("Small", classifier, rebuild=False, **common),
-        Pipeline("Bilinear", classifier, enlarge="bilinear", **common),
-        Pipeline("Bicubic", classifier, enlarge="bicubic", **common),
-        *(Pipeline(name, classifier, upscaler=upscaler, **common) for name, upscaler in upscalers.items()),
+        Pipeline(ORIGINAL, classifier, unchanged, unchanged),
+        Pipeline(SMALL, classifier, reduction, unchanged),
+        Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
+        Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
+        *(
+            Pipeline(name, classifier, reduction, Upscale(network, reduction.interpolation, reduction.antialias))
+            for name, network in networks.items()
+        ),
     ]
 
 
@@ -47,7 +52,7 @@ def make_pipelines(
 def evaluate(
     pipelines: list[Pipeline],
     loader: DataLoader,
-    dataset: ImageFolder,
+    dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,
     stopper: Stopper,
@@ -57,36 +62,41 @@ def evaluate(
 ) -> None:
     """Adds the loader's images to `result`. The first of `pipelines` has to be Original: agreement is counted with it.
 
-    Returns early where a signal asked to stop.
+    Returns early where a signal asked to stop, between two batches.
+
+    Raises:
+        InputError: scores that are not finite.
     """
-    classifier = pipelines[0].classifier
-    for batch in quiet_when_stopped(loader, stopper):
+    for batch in batches_until_stopped(loader, stopper):
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
         if len(batch.images):
             images = to_float(batch.images, runtime.device)
             target = torch.tensor([targets[i] for i in batch.indices.tolist()], device=runtime.device)
             original = None
             for pipeline in pipelines:
+                name = pipeline.name
                 with runtime.autocast():
-                    if pipeline.name not in result.seconds:  # the first call compiles and allocates: not timed
-                        pipeline(images)
+                    if name not in result.seconds:  # the first call compiles and allocates: not timed
+                        pipeline(images[:1])
                     runtime.synchronize()
                     started = time.perf_counter()
-                    small, rebuilt, logits = pipeline(images)
+                    _, rebuilt, logits = pipeline(images)
                     runtime.synchronize()
-                seconds = time.perf_counter() - started
-                result.seconds[pipeline.name] = result.seconds.get(pipeline.name, 0.0) + seconds
-                result.timed[pipeline.name] = result.timed.get(pipeline.name, 0) + len(images)
+                result.seconds[name] = result.seconds.get(name, 0.0) + time.perf_counter() - started
+                result.timed[name] = result.timed.get(name, 0) + len(images)
+                require_finite(logits, f"the images of {name}")
                 original = logits if original is None else original
                 if keep_rows:
-                    scored = score(logits.float(), target, original, images, rebuilt)
+                    compared = None if pipeline.restore is unchanged else rebuilt
+                    scored = score(logits.float(), target, original, images, compared)
+                    class_names = pipeline.classifier.class_names
                     for index, values in zip(batch.indices.tolist(), scored, strict=True):
                         result.rows.append(
                             {
                                 "image": dataset.paths[index],
-                                "variant": pipeline.name,
-                                "class": classifier.class_names[targets[index]],
-                                "predicted": classifier.class_names[values.pop("prediction")],
+                                "variant": name,
+                                "class": class_names[targets[index]],
+                                "predicted": class_names[values.pop("prediction")],
                                 **values,
                             }
                         )
@@ -109,8 +119,8 @@ def joined(parts: list[Evaluation], order: list[str]) -> Evaluation:
     return whole
 
 
-def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebuilt: Tensor) -> list[dict]:
-    """One dictionary per image; PSNR and SSIM are None where `rebuilt` is the original or of another size."""
+def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebuilt: Tensor | None) -> list[dict]:
+    """One dictionary per image; PSNR and SSIM are None where nothing was `rebuilt`."""
     probabilities = logits.softmax(1)
     prediction = logits.argmax(1)
     columns = {
@@ -123,9 +133,8 @@ def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebu
     }
     none = [None] * len(images)
     lists = {name: values.tolist() for name, values in columns.items()} | {"psnr_db": none, "ssim": none}
-    if rebuilt is not images and rebuilt.shape == images.shape:
-        errors = (rebuilt - images).square().mean((1, 2, 3))
-        lists["psnr_db"] = [psnr_db(error) for error in errors.tolist()]
+    if rebuilt is not None:
+        lists["psnr_db"] = psnr_db(rebuilt, images).tolist()
         if min(images.shape[-2:]) >= SMALLEST_FOR_SSIM:
             similarity = structural_similarity_index_measure(rebuilt, images, data_range=1.0, reduction="none")
             lists["ssim"] = similarity.reshape(-1).tolist()

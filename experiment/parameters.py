@@ -13,7 +13,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from models.errors import InputError, OneProcessError
 
@@ -22,6 +31,7 @@ Pixels = Annotated[int, Field(ge=1, le=4096)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 LONGEST_LINE = 2000  # characters of a message
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 
@@ -30,7 +40,7 @@ class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
-class Transformations(Section):
+class TransformationsSection(Section):
     scale: Annotated[float, Field(gt=0, le=1)] = 0.32
     resize_size: Pixels = 256
     train_crop_size: Pixels = 256
@@ -41,26 +51,29 @@ class Transformations(Section):
     antialias: bool = False
 
     @model_validator(mode="after")
-    def crops_fit(self) -> "Transformations":
+    def crops_fit(self) -> "TransformationsSection":
         for key in ("train_crop_size", "val_crop_size"):
             if getattr(self, key) > self.resize_size:
                 raise ValueError(f"{key} {getattr(self, key)} is larger than resize_size {self.resize_size}")
         return self
 
 
-class Loss(Section):
+class LossSection(Section):
+    """The weights of experiment.distillation.TERMS."""
+
     logits: Weight = 1.0
     pixels: Weight = 0.0
     features: Weight = 0.0
+    maps: Weight = 0.0
 
     @model_validator(mode="after")
-    def not_all_zero(self) -> "Loss":
-        if not self.logits + self.pixels + self.features:
-            raise ValueError("at least one of logits, pixels and features has to be over 0")
+    def not_all_zero(self) -> "LossSection":
+        if not any(self.model_dump().values()):
+            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} has to be over 0")
         return self
 
 
-class Training(Section):
+class TrainingSection(Section):
     seed: Seed = 1337
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
@@ -69,17 +82,20 @@ class Training(Section):
     shuffle: bool = True
     verbose: bool = True
     save: bool = True
-    loss: Loss = Loss()
+    loss: LossSection = LossSection()
     schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     gradient_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    clamp_gradient: bool = True
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
     precision: Precision = "auto"
     compile: bool = True
     recompute: bool = False
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
 
 
-class Test(Section):
+class TestSection(Section):
     seed: Seed = 1337
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 60
     epochs: Annotated[int, Field(ge=1, le=1000)] = 1
@@ -88,24 +104,30 @@ class Test(Section):
     precision: Precision = "float32"
 
 
-class Data(Section):
-    train_original: Text = "ImageNet2012/train_original"
-    train: Text = "ImageNet2012/train"
-    val_original: Text = "ImageNet2012/val_original"
-    val: Text = "ImageNet2012/val"
-    test: Text = "ImageNet2012/test"
+class DataSection(Section):
+    train_original: Text = "assets/ImageNet2012_train_original"
+    train: Text = "assets/ImageNet2012_train"
+    val_original: Text = "assets/ImageNet2012_val_original"
+    val: Text = "assets/ImageNet2012_val"
+    test: Text = "assets/ImageNet2012_test"
     train_fraction: Annotated[float, Field(gt=0, le=1)] = 0.15
     val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: Seed = 2020
     workers: Annotated[int, Field(ge=0, le=256)] = 4
 
 
-class Classifier(Section):
+class ClassifierSection(Section):
+    """The arguments of models.classifier.open_classifier."""
+
     architecture: Text = "resnet50"
-    weights: Text = "IMAGENET1K_V1"
+    weights: Text | None = "IMAGENET1K_V1"
+    mean: Channels | None = None
+    std: Channels | None = None
+    head: Text | None = None
+    maps: Annotated[list[Text], Field(min_length=1)] | None = None
 
 
-class DarioNet(Section):
+class DarioNetSection(Section):
     features: Annotated[int, Field(ge=1, le=1024)] = 64
     blocks: Annotated[int, Field(ge=1, le=200)] = 23
     growth: Annotated[int, Field(ge=1, le=1024)] = 32
@@ -113,21 +135,36 @@ class DarioNet(Section):
     weights: Text = "assets/models/DarioNet.pt"
 
 
+def as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+def one_or_list(sections: list[ClassifierSection]) -> dict | list[dict]:
+    dumped = [section.model_dump() for section in sections]
+    return dumped[0] if len(dumped) == 1 else dumped
+
+
+# One classifier, or a list: all are teachers in training, the first one is read by the other scripts.
+Classifiers = Annotated[
+    list[ClassifierSection], Field(min_length=1, max_length=10), BeforeValidator(as_list), PlainSerializer(one_or_list)
+]
+
+
 class Parameters(Section):
     """Every value of parameters.json; a key that a file leaves out has the value given here."""
 
-    transformations: Transformations = Transformations()
-    training: Training = Training()
-    test: Test = Test()
-    data: Data = Data()
-    classifier: Classifier = Classifier()
-    darionet: DarioNet = DarioNet()
+    transformations: TransformationsSection = TransformationsSection()
+    training: TrainingSection = TrainingSection()
+    test: TestSection = TestSection()
+    data: DataSection = DataSection()
+    classifier: Classifiers = [ClassifierSection()]
+    darionet: DarioNetSection = DarioNetSection()
 
     @model_validator(mode="after")
     def nothing_is_overwritten(self) -> "Parameters":
         written = os.path.normpath(self.darionet.weights)
         others = {"darionet.initial_weights": self.darionet.initial_weights}
-        others["classifier.weights"] = self.classifier.weights
+        others |= {f"classifier.weights ({c.architecture})": c.weights for c in self.classifier}
         for key, path in others.items():
             if path is not None and os.path.normpath(path) == written:
                 raise ValueError(f"darionet.weights names the same file as {key}, which training would overwrite")
@@ -191,11 +228,12 @@ def first_line(error: ValidationError) -> str:
     """The first fault that pydantic found, on one line, and how many more there are."""
     faults = error.errors(include_url=False)
     fault = faults[0]
-    key = shown(".".join(map(str, fault["loc"]))) or "the file"
+    places = [name for i, name in enumerate(fault["loc"]) if not (i == 1 and fault["loc"][:2] == ("classifier", 0))]
+    key = shown(".".join(map(str, places))) or "the file"
     if fault["type"] == "extra_forbidden":
         section = Parameters
-        for name in fault["loc"][:-1]:
-            section = section.model_fields[name].annotation
+        for name in places[:-1]:
+            section = ClassifierSection if name == "classifier" else section.model_fields[name].annotation
         text = f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
     elif fault["type"] == "value_error":
         text = f"{key}: {fault['ctx']['error']}" if fault["loc"] else str(fault["ctx"]["error"])

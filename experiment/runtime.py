@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from models.errors import InputError, OneProcessError
 
@@ -101,7 +103,7 @@ def launcher() -> str:
     return f"{socket.gethostname()} {pid} {started}"
 
 
-def choose_runtime(precision: str) -> Runtime:
+def start_runtime(precision: str) -> Runtime:
     """The GPU where there is one, else the CPU; "auto" takes the fastest precision that the device has in hardware.
 
     Under torchrun it joins the other processes, each on the GPU of its local rank.
@@ -169,7 +171,7 @@ def cpu_has_bf16() -> bool:
     return False
 
 
-def make_deterministic(seed: int) -> None:
+def seed_without_tf32(seed: int) -> None:
     """Seeds torch, and keeps float32 what it says on GPUs that would round it to tf32."""
     torch.manual_seed(seed)
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -195,12 +197,54 @@ def new_run_folder(kind: str, suffix: str = "") -> Path:
             time.sleep(0.2)
 
 
-def out_of_memory(runtime: Runtime, batch_size: int, key: str) -> OneProcessError:
-    """The line for a GPU whose memory does not suffice."""
-    total = ""
-    if runtime.device.type == "cuda":
-        total = f" of {torch.cuda.get_device_properties(runtime.device).total_memory / 2**30:.0f} GiB"
-    return OneProcessError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}")
+@contextlib.contextmanager
+def out_of_memory_is_one_line(runtime: Runtime, batch_size: int, key: str):
+    """Turns a GPU's out of memory into a line that says what to lower: the parameter `key`, now `batch_size`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        total = ""
+        if runtime.device.type == "cuda":
+            total = f" of {torch.cuda.get_device_properties(runtime.device).total_memory / 2**30:.0f} GiB"
+        raise OneProcessError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}") from None
+
+
+class Lines:
+    """A text stream that makes a line of every state of a progress bar, where no terminal can overwrite it."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        text = text.strip("\r\n ")
+        if text:
+            self.stream.write(f"{text}\n")
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+
+def progress_bar(total: int, description: str, verbose: bool = True, *, unit: str = "step", **options) -> tqdm:
+    """A progress bar on a terminal; elsewhere a line a minute. It shows how far the work is, its speed and what is left."""
+    disable = not verbose or os.environ.get("RANK", "0") != "0"
+    if sys.stderr is not None and sys.stderr.isatty():
+        return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
+    form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} so far, {remaining} to go{postfix}"
+    options |= {"mininterval": 60, "miniters": 1, "maxinterval": 60, "delay": 60, "bar_format": form, "leave": False}
+    return tqdm(total=total, desc=description, unit=unit, disable=disable, file=Lines(sys.stdout), **options)
+
+
+def duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else "less than a minute"
+
+
+def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
+    """Whether any of the processes was asked to stop: then all of them do."""
+    stops = any(runtime.gather(stopper.requested))
+    if stops:
+        stopper.stop_with_others()
+    return stops  # and not what has come since: all have to do the same
 
 
 class Stopper:

@@ -1,14 +1,14 @@
 """DarioNet: the RRDBNet that a parameters.json names, with or without its weights."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
-from models.scaler import reduced_length
+from models.scaler import Reduction, reduced_length
 from models.weights import generator_size, load_generator, load_strictly
 
 
@@ -51,31 +51,36 @@ def build_darionet(
 
 
 def load_upscalers(
-    weights: str, initial_weights: str | None, device: torch.device | str = "cpu"
-) -> dict[str, nn.Module]:
-    """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and DarioNet.
+    weights: list[str], initial_weights: str | None, device: torch.device | str = "cpu"
+) -> dict[str, RRDBNet]:
+    """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
     Raises:
-        InputError: no DarioNet, or a file that is no RRDBNet x4.
+        InputError: no such weights, or a file that is no RRDBNet x4.
     """
-    if not Path(weights).is_file():
-        raise InputError(
-            f"{weights}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
-            "--parameters examples/shapes/parameters.json"
-        )
-    upscalers = {}
-    if initial_weights is not None and Path(initial_weights).is_file():
-        upscalers[initial_name(initial_weights)] = load_rrdbnet(initial_weights, device)
-    upscalers["DarioNet"] = load_rrdbnet(weights, device)
-    return upscalers
+    for path in weights:
+        if not Path(path).is_file():
+            raise InputError(
+                f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
+                "--parameters examples/shapes/parameters.json"
+            )
+    start = [initial_weights] if initial_weights is not None and Path(initial_weights).is_file() else []
+    paths = list({os.path.realpath(path): path for path in [*start, *weights]}.values())
+    names = [row_name(path) for path in paths]
+    for i, name in enumerate(names):
+        if names.count(name) > 1:
+            names[i] = Path(paths[i]).stem
+    names = [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    return {name: load_rrdbnet(path, device).eval() for name, path in zip(names, paths, strict=True)}
 
 
-def initial_name(path: str) -> str:
-    """What tables call the initial weights: "Pixels" where this project trained them on pixels alone, else "ESRGAN"."""
+def row_name(path: str) -> str:
+    """What tables call weights: "DarioNet" or "Pixels" (trained on pixels alone) where their note says that this
+    project trained them, else "ESRGAN"."""
     loss = trained_for(path).get("loss")
     if not isinstance(loss, dict):
         return "ESRGAN"
-    return "Pixels" if not loss.get("logits") and not loss.get("features") else "Initial"
+    return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
 
 
 def note_of(weights: str | Path) -> Path:
@@ -98,9 +103,9 @@ def trained_for(path: str) -> dict:
         raise InputError(f"{beside}: not what train_darionet.py writes beside its weights; remove it") from None
 
 
-def other_input(path: str, scale: float, interpolation: str, antialias: bool) -> str | None:
+def other_input(path: str, reduction: Reduction) -> str | None:
     """A line that says how this input differs from what the weights were trained for; None where it does not."""
-    note, now = trained_for(path), {"scale": scale, "interpolation": interpolation, "antialias": antialias}
+    note, now = trained_for(path), reduction.note()
     different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if note.get(key, value) != value]
     return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
 

@@ -10,6 +10,7 @@ import copy
 import functools
 import operator
 from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -145,26 +146,67 @@ class FusedConvolution(nn.Module):
         return FrozenConvolution.apply(x.to(dtype), added, self.weight, self.bias, self.geometry, self.relu)
 
 
-def fold(network: nn.Module, dtype: torch.dtype, device: str, keep: str) -> nn.Module | None:
+class Recorder:
+    """A hook that notes, under `name`, what a layer gives, or what it is given where it is registered before it."""
+
+    def __init__(self, seen: dict[str, Tensor], name: str):
+        self.seen, self.name = seen, name
+
+    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
+        self.seen[self.name] = inputs[0] if output is None else output
+
+
+class Tracer(fx.Tracer):
+    """Takes convolutions and linear layers of the user's own for what they are, without a look inside."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, (nn.Conv2d, nn.Linear)) or super().is_leaf_module(module, name)
+
+
+def fold(
+    network: nn.Module,
+    dtype: torch.dtype,
+    device: str,
+    head: str,
+    maps: Sequence[str] = (),
+    seen: dict[str, Tensor] | None = None,
+) -> nn.Module | None:
     """A copy of a frozen network that gives the same scores sooner; None where torch.fx can't follow its code.
 
     BatchNorm is folded into the convolution before it, exactly; convolutions and linear layers have their weights in
-    `dtype`; on a CPU that can, convolution, addition and ReLU are one. The module named `keep` is left as it is.
+    `dtype`; on a CPU that can, convolution, addition and ReLU are one. The layer named `head` is left as it is; its
+    input and the outputs of the layers `maps` are noted in `seen`.
     """
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Recorder)]:
+                del hooks[key]
+    for name in maps:  # a layer of layers vanishes in the graph: what follows it is hooked in its place
+        network.set_submodule(name, nn.Sequential(network.get_submodule(name), nn.Identity()))
     try:
-        graph = fx.symbolic_trace(copy.deepcopy(network))
+        graph = fx.GraphModule(network, Tracer().trace(network))
     except Exception:  # code that branches on values fails in as many ways as there are programmers
         return None
     fold_batchnorm(graph)
     if has_fused(device, dtype):
-        fuse_activations(graph, keep)
+        fuse_activations(graph, head)
     graph.delete_all_unused_submodules()
     graph.graph.lint()
     graph.recompile()
     for module in graph.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, FusedConvolution)):
             module.to(dtype)
+    if seen is not None:
+        graph.get_submodule(head).register_forward_pre_hook(Recorder(seen, "head"))
+        for name in maps:
+            graph.get_submodule(f"{name}.1").register_forward_hook(Recorder(seen, name))
     return graph.to(memory_format=torch.channels_last).requires_grad_(False).eval()
+
+
+def is_plain(module: nn.Module | None, kind: type[nn.Module]) -> bool:
+    """Whether it computes what its class says: no class of the user's own, and no hooks that change input or output."""
+    return type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
 
 
 def modules_called_once(graph: fx.GraphModule) -> dict[fx.Node, nn.Module]:
@@ -177,7 +219,7 @@ def fold_batchnorm(graph: fx.GraphModule) -> None:
     modules = modules_called_once(graph)
     for node, module in modules.items():
         conv = modules.get(node.args[0])
-        if not isinstance(module, nn.BatchNorm2d) or module.running_mean is None or not isinstance(conv, nn.Conv2d):
+        if not is_plain(module, nn.BatchNorm2d) or module.running_mean is None or not is_plain(conv, nn.Conv2d):
             continue
         before = node.args[0]
         if len(before.users) == 1:
@@ -187,15 +229,15 @@ def fold_batchnorm(graph: fx.GraphModule) -> None:
             graph.graph.erase_node(node)
 
 
-def fuse_activations(graph: fx.GraphModule, keep: str) -> None:
-    """Makes conv, conv -> ReLU, and conv -> addition -> ReLU one node each."""
+def fuse_activations(graph: fx.GraphModule, head: str) -> None:
+    """Makes conv, conv -> ReLU, and conv -> addition -> ReLU one node each; not the layer `head`."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     relus = {n for n in order if n.op == "call_module" and isinstance(graph.get_submodule(n.target), nn.ReLU)}
     relus |= {n for n in order if n.op == "call_function" and n.target in RELUS}
     for node, conv in modules_called_once(graph).items():
-        if not isinstance(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        if not is_plain(conv, nn.Conv2d) or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        if node.target == keep:
+        if node.target == head:
             continue
         chain, inputs = [node], node.args
         following = only_user(node)

@@ -1,6 +1,7 @@
-"""Scaler: the one resize of the project, used to make images small and to bring them back to size."""
+"""Scaler: the one resize of the project. Reduction: how images are made small, as one value."""
 
 import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -60,3 +61,26 @@ def reduced_length(length: int, scale: float) -> int:
     The small addend keeps products such as 100 x 0.29 = 28.999... on the integer that they mean.
     """
     return max(1, math.floor(length * scale + 1e-6))
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """Makes images small: (N,3,H,W) in [0,1] -> (N,3,floor(H scale),floor(W scale)) in [0,1], by one Scaler.
+
+    `interpolation` and `antialias` are the Scaler's.
+    """
+
+    scale: float = 0.32
+    interpolation: str = "bilinear"
+    antialias: bool = False
+
+    def __call__(self, images: Tensor) -> Tensor:
+        size = tuple(reduced_length(length, self.scale) for length in images.shape[-2:])
+        return Scaler(size, self.interpolation, self.antialias)(images).clamp(0, 1)
+
+    def __str__(self) -> str:
+        return f"x{self.scale:.3g} {self.interpolation}{', antialiased' if self.antialias else ''}"
+
+    def note(self) -> dict:
+        """Its three values, as results.json and the notes beside weights hold them."""
+        return asdict(self)

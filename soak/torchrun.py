@@ -41,7 +41,7 @@ def at(function, number):
 
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == ("0" if rank == "stop" else rank):
     if when == "0":
-        experiment.runtime.choose_runtime = at(experiment.runtime.choose_runtime, 1)
+        experiment.runtime.start_runtime = at(experiment.runtime.start_runtime, 1)
     else:
         experiment.distillation.to_float = at(experiment.distillation.to_float, int(when))
 sys.argv[0] = {str(ROOT / "train_darionet.py")!r}

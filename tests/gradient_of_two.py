@@ -8,7 +8,7 @@ import sys
 import torch
 
 from experiment.distillation import average_gradients, distillation_loss
-from experiment.runtime import Runtime, choose_runtime
+from experiment.runtime import Runtime, start_runtime
 from models.classifier import FrozenClassifier
 from models.pipeline import Pipeline
 from models.rrdbnet import RRDBNet
@@ -31,7 +31,7 @@ def drawn() -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    runtime = choose_runtime("float32")
+    runtime = start_runtime("float32")
     images = drawn()
     # Process 0 has three images, process 1 two: as where one could not be read. Then all are with process 0.
     parts = (runtime.part(list(images)), list(images) if runtime.is_main else [])

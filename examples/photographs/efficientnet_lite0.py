@@ -3,8 +3,8 @@
     python test.py --set classifier.architecture=examples/photographs/efficientnet_lite0.py:network
 
 The weights are those that Google trained (tensorflow/tpu, EfficientNet-Lite, Apache-2.0), as timm converted them under
-the name tf_efficientnet_lite0. It is EfficientNet-B0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946, table 1) without
-squeeze-and-excitation and with ReLU6 in place of Swish, and pads as TensorFlow does.
+the name tf_efficientnet_lite0. The network is EfficientNet-B0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946,
+table 1) without squeeze-and-excitation, with ReLU6 in place of Swish, and padded as TensorFlow pads.
 """
 
 from torch import Tensor, nn
