@@ -26,7 +26,7 @@ from torchvision.models import list_models
 from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
 from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines
 from experiment.metrics import (
     decisions,
@@ -83,7 +83,7 @@ def test(parameters: Parameters, weights: str, stopper: Stopper) -> int:
     t, options = parameters.transformations, parameters.test
     runtime = choose_runtime(options.precision)
     make_deterministic(options.seed)
-    dataset = ImageFolder(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
+    dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     upscalers = load_upscalers(weights, parameters.darionet.initial_weights, runtime.device)
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
@@ -193,7 +193,7 @@ def caption(results: dict) -> str:
 
 @torch.no_grad()
 def draw_reconstructions(
-    pipelines: list[Pipeline], dataset: ImageFolder, rows: list[dict], runtime: Runtime, folder: Path
+    pipelines: list[Pipeline], dataset: ImageTree, rows: list[dict], runtime: Runtime, folder: Path
 ) -> None:
     """Writes the figures that need images: some unselected ones, the worst cases, and the stages of the first."""
     classifier = pipelines[0].classifier

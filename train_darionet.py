@@ -38,7 +38,7 @@ from experiment.checkpoint import (
     save_checkpoint,
     to_cpu,
 )
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
 from experiment.distillation import (
     Progress,
     distillation_loss,
@@ -107,8 +107,8 @@ class Run:
         self.runtime = choose_runtime(training.precision)
         make_deterministic(training.seed)
 
-        self.train_set = ImageFolder(data.train)
-        self.val_set = ImageFolder(data.val, Transform(t.resize_size, t.val_crop_size))
+        self.train_set = ImageTree(data.train)
+        self.val_set = ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         self.steps_per_epoch = len(self.batches(epoch=0))
         self.total_steps = self.steps_per_epoch * training.epochs
         self.check_unreadable = unreadable_check([self.train_set.folder_of(i) for i in range(len(self.train_set))])

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from experiment import plots
-from experiment.data import LONGEST, ImageFolder, Transform, UnreadableImage, read_image, to_float
+from experiment.data import LONGEST, ImageTree, Transform, UnreadableImage, read_image, to_float
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import Stopper, choose_runtime, make_deterministic, new_run_folder
@@ -194,7 +194,7 @@ def read_folder(reader: Reader, path: Path, weights: str, parameters: dict, stop
 
     After Ctrl-C or SIGTERM it writes the rows of the images that were read.
     """
-    paths = ImageFolder(str(path)).paths
+    paths = ImageTree(str(path)).paths
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters)
     rows, unreadable = [], []

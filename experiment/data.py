@@ -117,7 +117,7 @@ class Batch(NamedTuple):
     unreadable: list[tuple[int, str]]  # index and reason of the others
 
 
-class ImageFolder(Dataset):
+class ImageTree(Dataset):
     """The images below `root`. Folders directly in it are classes, where there are any.
 
     Raises:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageFolder, to_float
+from experiment.data import ImageTree, to_float
 from experiment.distillation import psnr_db, quiet_when_stopped
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier
@@ -47,7 +47,7 @@ def make_pipelines(
 def evaluate(
     pipelines: list[Pipeline],
     loader: DataLoader,
-    dataset: ImageFolder,
+    dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,
     stopper: Stopper,
