@@ -2,16 +2,15 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, Batch, to_float
+from experiment.data import NO_LABEL, Batch, batches_until_stopped, to_float
 from experiment.runtime import Runtime, Stopper
 from models.errors import InputError
 from models.pipeline import Pipeline
@@ -102,7 +101,7 @@ def train_epoch(
     loss: Callable[[Pipeline, Tensor], Losses],
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    loader: DataLoader,
+    loader: Iterable[Batch],
     runtime: Runtime,
     progress: Progress,
     *,
@@ -124,7 +123,7 @@ def train_epoch(
     network = pipeline.upscaler
     network.train()
     started = time.perf_counter()
-    for batch in quiet_when_stopped(loader, stopper):
+    for batch in batches_until_stopped(loader, stopper):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress.batch)
         optimizer.zero_grad(set_to_none=True)
@@ -191,20 +190,11 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
         parameter.grad = torch.empty_like(parameter).copy_(gradient.view_as(parameter))  # in the parameter's layout
 
 
-def quiet_when_stopped(loader: DataLoader, stopper: Stopper) -> Iterator[Batch]:
-    """The loader's batches; a worker that a stop signal reached before it could ignore it only ends them early."""
-    try:
-        yield from loader
-    except RuntimeError:
-        if not stopper.requested:
-            raise
-
-
 @torch.no_grad()
 def validate(
     pipeline: Pipeline,
     loss: Callable[[Pipeline, Tensor], Losses],
-    loader: DataLoader,
+    loader: Iterable[Batch],
     targets: list[int],
     runtime: Runtime,
     stopper: Stopper,
@@ -217,7 +207,7 @@ def validate(
     pipeline.upscaler.eval()
     count = right = labelled = agreeing = unreadable = 0
     total = squared_error = 0.0
-    for batch in quiet_when_stopped(loader, stopper):
+    for batch in batches_until_stopped(loader, stopper):
         unreadable += len(batch.unreadable)
         n = len(batch.images)
         if n:

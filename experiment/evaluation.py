@@ -1,17 +1,17 @@
 """All variants in one pass over the data: one row per image and variant."""
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageTree, to_float
-from experiment.distillation import psnr_db, quiet_when_stopped
+from experiment.data import Batch, ImageTree, batches_until_stopped, to_float
+from experiment.distillation import psnr_db
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier
 from models.pipeline import Pipeline
@@ -46,7 +46,7 @@ def make_pipelines(
 @torch.no_grad()
 def evaluate(
     pipelines: list[Pipeline],
-    loader: DataLoader,
+    loader: Iterable[Batch],
     dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,
@@ -60,7 +60,7 @@ def evaluate(
     Returns early where a signal asked to stop.
     """
     classifier = pipelines[0].classifier
-    for batch in quiet_when_stopped(loader, stopper):
+    for batch in batches_until_stopped(loader, stopper):
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
         if len(batch.images):
             images = to_float(batch.images, runtime.device)
