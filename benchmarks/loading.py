@@ -5,7 +5,7 @@
     python -m benchmarks.loading --images 512 --workers 1 2
 
 The images are JPEGs of ImageNet's usual size, 500x375, drawn here: blotches, edges and noise, about 95 kB each, a
-little less than ImageNet's. They go through the program's own code: ImageFolder, the training's Transform, make_loader,
+little less than ImageNet's. They go through the program's own code: ImageTree, the training's Transform, make_loader,
 to_float.
 The last line is JSON.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
 from experiment.runtime import Runtime, start_runtime
 
 WIDTH, HEIGHT = 500, 375
@@ -87,7 +87,7 @@ def listing(folder: Path, drawn: list[Path], files: int) -> dict[str, float]:
     seconds, batches = [], []
     for _ in range(3):
         started = time.perf_counter()
-        dataset = ImageFolder(str(folder))
+        dataset = ImageTree(str(folder))
         dataset.targets([f"n{c:08d}" for c in range(CLASSES)])
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
@@ -105,7 +105,7 @@ def listing(folder: Path, drawn: list[Path], files: int) -> dict[str, float]:
 def decoding(folder: Path, drawn: list[Path], arguments, runtime: Runtime) -> dict[str, float]:
     """Images/s from files to float tensors on the device, workers' start included; seconds until the first batch."""
     link(folder, drawn, arguments.images)
-    dataset = ImageFolder(str(folder), Transform(256, 256, 0.5, 0.1, 1337, 0))
+    dataset = ImageTree(str(folder), Transform(256, 256, 0.5, 0.1, 1337, 0))
     batches = epoch_batches(len(dataset), BATCH, seed=0, epoch=0, shuffle=True, limit=None)
     found = {}
     print(f"\nDecoding {arguments.images} JPEGs of {WIDTH}x{HEIGHT}, cropped to 256x256, batches of {BATCH}:")

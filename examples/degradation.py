@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
 from experiment.metrics import write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import start_runtime, seed_without_tf32, new_run_folder
@@ -56,7 +56,7 @@ def main() -> None:
     t, options = parameters.transformations, parameters.test
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
-    dataset = ImageFolder(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
+    dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
     classifier.to(runtime.device, memory_format=torch.channels_last)
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))

@@ -17,7 +17,7 @@ from torchvision.models import get_model
 from torchvision.transforms.v2 import functional as vision
 from tqdm import tqdm
 
-from experiment.data import ImageFolder, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import start_runtime, seed_without_tf32
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, published_weights, save_classifier
@@ -41,7 +41,7 @@ def main() -> None:
     runtime = start_runtime(parameters.training.precision)
     seed_without_tf32(seed)
     rng = random.Random(seed)
-    train_set, val_set = ImageFolder(data.train), ImageFolder(data.val, Transform(t.resize_size, t.val_crop_size))
+    train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
     class_names = sorted({train_set.folder_of(i) for i in range(len(train_set))})
     if len(class_names) < 2:
         raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")

@@ -1,22 +1,34 @@
 """Reading images as a viewer would show them, transforms, folders of classes, and loaders."""
 
+import contextlib
+import errno
 import hashlib
+import multiprocessing
 import os
+import pickle
+import queue
 import random
 import signal
 import stat
+import threading
+import traceback
+import unicodedata
 import warnings
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from experiment.runtime import STOP_SIGNALS, Stopper
 from experiment.sampling import HOW_TO_GET_IMAGENET, list_images
-from models.errors import InputError
+from models.errors import InputError, OneProcessError
 
 FORMATS = (
     "JPEG",
@@ -29,6 +41,8 @@ FORMATS = (
 )  # the decoders that are offered a file, whatever its name
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
+SAMPLED = 1000  # files whose contents a fingerprint sees
+TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
 
 
 class UnreadableImage(Exception):
@@ -52,6 +66,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     except UnreadableImage:
         raise
     except OSError as error:
+        if error.errno in TOO_MANY_FILES:  # the machine's fault, not the image's
+            raise over_the_limit("an image can't be opened", error) from None
         reason = error.strerror or str(error)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = f"{type(error).__name__}: {error}"
@@ -117,7 +133,7 @@ class Batch(NamedTuple):
     unreadable: list[tuple[int, str]]  # index and reason of the others
 
 
-class ImageFolder(Dataset):
+class ImageTree(Dataset):
     """The images below `root`. Folders directly in it are classes, where there are any.
 
     Raises:
@@ -144,8 +160,24 @@ class ImageFolder(Dataset):
         return index, self.transform(image, index)
 
     def fingerprint(self) -> str:
-        """The first 16 digits of a SHA-256 of the names of its images."""
-        return hashlib.sha256(os.fsencode("\0".join(self.paths))).hexdigest()[:16]
+        """16 digits of a SHA-256 of every image's name and size, and of how 1000 of them (seeded) begin and end.
+
+        A copy in another folder has the same. An image of the same size that takes another's place may pass; all don't.
+        """
+        seen = hashlib.sha256()
+        sampled = set(random.Random(0).sample(range(len(self)), min(SAMPLED, len(self))))
+        for i, path in enumerate(self.paths):
+            size, ends = -1, b""
+            with contextlib.suppress(OSError):  # a link that leads nowhere, a file that may not be read
+                found = os.stat(os.path.join(self.root, path))
+                size = found.st_size
+                if i in sampled and stat.S_ISREG(found.st_mode):
+                    with Path(self.root, path).open("rb") as file:
+                        ends = file.read(4096)
+                        file.seek(max(0, size - 4096))
+                        ends += file.read(4096)
+            seen.update(os.fsencode(f"{path}\0{size}\0") + ends)
+        return seen.hexdigest()[:16]
 
     def folder_of(self, index: int) -> str:
         """Name of the class folder, empty for an image that lies in `root` itself."""
@@ -154,12 +186,14 @@ class ImageFolder(Dataset):
     def targets(self, class_names: list[str], required: bool = False) -> list[int]:
         """The classifier's index of every image's class, by the name of its folder; NO_LABEL without class folders.
 
+        Names are compared in NFC: some systems take letters and their accents apart.
+
         Raises:
             InputError: class folders that the classifier does not know, images beside them, or no class folders where
                 labels are `required`.
         """
-        indices = {name: i for i, name in enumerate(class_names)}
-        folders = [self.folder_of(i) for i in range(len(self))]
+        indices = {unicodedata.normalize("NFC", name): i for i, name in enumerate(class_names)}
+        folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
         if not any(folders):
             if required:
                 raise InputError(
@@ -190,31 +224,159 @@ def epoch_batches(
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def make_loader(dataset: Dataset, batches: list[list[int]], workers: int, pin_memory: bool) -> DataLoader:
+class Loader:
+    """`batches` of a data set, in their order, read by `workers` processes; by this one where there are none.
+
+    A worker hands its batches over as bytes in a pipe of its own, and a thread takes them in: no shared memory, of
+    which a container has 64 MB, and no open file for each. At most two a worker are under way.
+    """
+
+    def __init__(self, dataset: Dataset, batches: list[list[int]], workers: int, pin_memory: bool):
+        self.dataset, self.batches, self.pin_memory = dataset, batches, pin_memory
+        self.workers = min(workers, len(batches))
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.read(lambda get: get())
+
+    def read(self, wait: Callable[[Callable], Batch | Exception | None]) -> Iterator[Batch]:
+        """The batches; wait(get) -> get(), or None to end them.
+
+        Raises:
+            OneProcessError: the workers could not be started, or one was killed.
+        """
+        if not self.workers:
+            for indices in self.batches:
+                packed = wait(lambda indices=indices: pack(self.dataset, indices))
+                if packed is None:
+                    return
+                yield unpack(packed, self.pin_memory)
+            return
+        pool: list[Worker] = []
+        try:
+            self.start(pool)
+            for number in range(len(self.batches)):
+                worker = pool[number % self.workers]
+                found = wait(worker.arrived.get)
+                if found is None:
+                    return
+                if isinstance(found, EOFError):
+                    raise killed(worker.process)
+                if isinstance(found, Exception):
+                    raise found
+                if number + 2 * self.workers < len(self.batches):
+                    worker.ask(number + 2 * self.workers)
+                yield found
+        finally:
+            for worker in pool:
+                worker.process.kill()  # it may hang in a read
+            for worker in pool:
+                worker.process.join(1)
+
+    def start(self, pool: list["Worker"]) -> None:
+        """Fills `pool` with workers that have their first two batches to read."""
+        try:
+            for _ in range(self.workers):
+                here, there = multiprocessing.Pipe()
+                process = multiprocessing.Process(
+                    target=work, args=(self.dataset, self.batches, there, here), daemon=True
+                )
+                process.start()
+                pool.append(Worker(process, here, queue.SimpleQueue()))
+                there.close()  # so that its end is the pipe's
+            for spare in [os.open(os.devnull, os.O_RDONLY) for _ in range(16)]:  # for files that are read and written
+                os.close(spare)
+            device = torch.cuda.current_device() if self.pin_memory else None
+            for worker in pool:  # after the last process: threads and forks don't go together
+                threading.Thread(target=receive, args=(worker.pipe, worker.arrived, device), daemon=True).start()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a thread can't be started
+            raise over_the_limit(f"{self.workers} processes that read images can't be started", error) from None
+        for number in range(min(2 * self.workers, len(self.batches))):
+            pool[number % self.workers].ask(number)
+
+
+class Worker(NamedTuple):
+    """A process that reads batches, as the main process sees it."""
+
+    process: multiprocessing.Process
+    pipe: Connection
+    arrived: queue.SimpleQueue  # Batch, or the exception that came instead
+
+    def ask(self, number: int) -> None:
+        with contextlib.suppress(OSError):  # it is gone: that will arrive
+            self.pipe.send(number)
+
+
+def make_loader(dataset: Dataset, batches: list[list[int]], workers: int, pin_memory: bool) -> Loader:
     """A loader of these batches, in this order, whatever the number of workers."""
-    # More workers than cores is the user's own choice: disks make them wait.
-    warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=min(workers, len(batches)),
-        collate_fn=collate,
-        pin_memory=pin_memory,
-        worker_init_fn=leave_signals_to_main,
-    )
+    return Loader(dataset, batches, workers, pin_memory)
 
 
-def collate(samples: list[tuple[int, Tensor | str]]) -> Batch:
-    read = [(index, image) for index, image in samples if isinstance(image, Tensor)]
-    unreadable = [(index, reason) for index, reason in samples if isinstance(reason, str)]
-    images = torch.stack([image for _, image in read]) if read else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
-    return Batch(images, torch.tensor([index for index, _ in read], dtype=torch.long), unreadable)
+def batches_until_stopped(loader: Iterable[Batch], stopper: Stopper) -> Iterator[Batch]:
+    """The loader's batches, until a stop signal comes, also where it comes while one is waited for.
+
+    That one is not delivered. Of several processes none ends by itself: they agree on a stop at the next step.
+    """
+    yield from loader.read(stopper.wait_for) if isinstance(loader, Loader) else loader
 
 
-def leave_signals_to_main(worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach workers too; the main process still needs their images for its last step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def pack(dataset: Dataset, indices: list[int]) -> tuple[np.ndarray, list[int], list[tuple[int, str]]]:
+    """What a Batch holds, without tensors: their pickles would be names of shared memory."""
+    samples = [dataset[i] for i in indices]
+    read = [(index, image.numpy()) for index, image in samples if isinstance(image, Tensor)]
+    images = np.stack([image for _, image in read]) if read else np.empty((0, 3, 0, 0), np.uint8)
+    return images, [i for i, _ in read], [(i, reason) for i, reason in samples if isinstance(reason, str)]
+
+
+def unpack(packed: tuple, pin_memory: bool) -> Batch:
+    images = torch.from_numpy(packed[0])
+    return Batch(images.pin_memory() if pin_memory else images, torch.tensor(packed[1], dtype=torch.long), packed[2])
+
+
+def work(dataset: Dataset, batches: list[list[int]], pipe: Connection, other_end: Connection) -> None:
+    """A worker: sends the batches that it is asked for, until the pipe ends."""
+    for number in STOP_SIGNALS:  # they may reach workers too; the main process still needs images for its last step
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    other_end.close()
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            number = pipe.recv()
+            try:
+                answer = pack(dataset, batches[number])
+            except (InputError, MemoryError) as error:
+                answer = error
+            except Exception:
+                answer = RuntimeError(f"in a process that reads images:\n{traceback.format_exc()}")
+            pipe.send_bytes(pickle.dumps(answer, protocol=5))
+
+
+def receive(pipe: Connection, arrived: queue.SimpleQueue, device: int | None) -> None:
+    """A thread of the main process: takes in what a worker sends; an EOFError is the last, when it has ended."""
+    try:
+        if device is not None:
+            torch.cuda.set_device(device)
+        while True:
+            answer = pickle.loads(pipe.recv_bytes())
+            arrived.put(answer if isinstance(answer, Exception) else unpack(answer, device is not None))
+    except (EOFError, OSError):
+        arrived.put(EOFError())
+    except Exception as error:
+        arrived.put(error)
+
+
+def killed(process: multiprocessing.Process) -> OneProcessError:
+    process.join(5)
+    how = f" ({signal.Signals(-process.exitcode).name})" if (process.exitcode or 0) < 0 else ""
+    return OneProcessError(f"a process that reads images was killed{how}, mostly out of memory: lower data.workers")
+
+
+def over_the_limit(what: str, error: Exception) -> OneProcessError:
+    number = getattr(error, "errno", None) or errno.EAGAIN  # a thread that can't be started has none
+    limit = "open files (`ulimit -n`)" if number in TOO_MANY_FILES else "processes (`ulimit -u`, --pids-limit)"
+    return OneProcessError(f"{what} ({os.strerror(number)}): lower data.workers, or raise the limit of {limit}")
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:

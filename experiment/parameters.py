@@ -275,8 +275,6 @@ def remedy(error: Exception) -> str | None:
         return "out of GPU memory: close what else uses it, or lower the batch size"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return "out of memory: lower the batch size, the crop size or data.workers, or take a smaller network"
-    if "DataLoader worker" in str(error):
-        return "a process that reads images was killed, mostly for want of memory: lower data.workers"
     return None
 
 

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from models.errors import InputError, OneProcessError
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
@@ -187,14 +188,23 @@ def compiled(function: Callable) -> Callable:
 
 
 def new_run_folder(kind: str, suffix: str = "") -> Path:
-    """assets/logs/KIND_<date>-<time>, made now; a second run in the same second waits for the next."""
-    while True:
-        folder = Path("assets/logs") / f"{kind}_{time.strftime('%Y%m%d-%H%M%S')}{suffix}"
-        try:
-            folder.mkdir(parents=True)
+    """assets/logs/KIND_<date>-<time> in UTC, made now; where another run has that second, the next that is free.
+
+    Raises:
+        InputError: assets/logs is no folder.
+    """
+    logs = Path("assets/logs")
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{logs}: a file, or a link to a folder that is gone: remove it, or mend the link") from None
+    now = time.time()
+    for second in range(1000):
+        with contextlib.suppress(FileExistsError):
+            folder = logs / f"{kind}_{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now + second))}{suffix}"
+            folder.mkdir()
             return folder
-        except FileExistsError:
-            time.sleep(0.2)
+    raise InputError(f"{logs}: a thousand runs have begun in this second")
 
 
 @contextlib.contextmanager
@@ -247,18 +257,25 @@ def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
     return stops  # and not what has come since: all have to do the same
 
 
-class Stopper:
-    """Notes Ctrl-C and SIGTERM instead of dying of them, so that the step in progress can end.
+class Stopped(BaseException):
+    """A stop signal came while something was waited for. No Exception, which a decoder's caller would catch."""
 
-    A second Ctrl-C interrupts at once. `code` is the exit code: 130 or 143.
+
+class Stopper:
+    """Notes Ctrl-C, SIGTERM and SIGHUP instead of dying of them, so that the step in progress can end.
+
+    A second Ctrl-C interrupts at once. `code` is the exit code: 130, 143 or 129.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
         self.owner = os.getpid()
+        self.waiting = False
+        self.alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
 
     def __enter__(self) -> "Stopper":
-        self.previous = {s: signal.signal(s, self.note) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+        self.previous = {s: signal.signal(s, self.note) for s in heard}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -274,6 +291,23 @@ class Stopper:
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads our output, such as tee
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    def wait_for(self, get: Callable):
+        """get(), or None where a stop signal came before its end; one of several processes waits on.
+
+        Those agree on a stop at their next step, and torchrun ends one that does not come to it.
+        """
+        try:
+            try:
+                self.waiting = self.alone
+                return None if self.waiting and self.requested else get()
+            finally:
+                self.waiting = False
+        except Stopped:
+            return None
 
     def stop_with_others(self) -> None:
         """Another process was asked to stop."""

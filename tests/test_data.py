@@ -6,7 +6,7 @@ import torch
 from conftest import CLASSES, draw, draw_folder
 from PIL import Image
 
-from experiment.data import NO_LABEL, ImageFolder, Transform, UnreadableImage, epoch_batches, make_loader, read_image
+from experiment.data import NO_LABEL, ImageTree, Transform, UnreadableImage, epoch_batches, make_loader, read_image
 from models.errors import InputError
 
 RED = (200, 30, 60)
@@ -146,7 +146,7 @@ def test_batches_are_complete_seeded_and_limited():
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loader_gives_the_same_batches_for_any_number_of_workers(tmp_path, workers):
-    dataset = ImageFolder(str(draw_folder(tmp_path / "images", 4)), Transform(36, 32, 0.5, 0.5, 1, 2))
+    dataset = ImageTree(str(draw_folder(tmp_path / "images", 4)), Transform(36, 32, 0.5, 0.5, 1, 2))
     (tmp_path / "images" / CLASSES[0] / "0.png").write_bytes(b"broken")
     batches = epoch_batches(12, 5, seed=3, epoch=2, shuffle=True, limit=None)
     seen = []
@@ -166,22 +166,22 @@ def test_classes_are_mapped_by_name(tmp_path):
     for name in (names[7], names[500], names[999]):
         (tmp_path / name).mkdir()
         draw("discs", 1).save(tmp_path / name / "a.png")
-    assert ImageFolder(str(tmp_path)).targets(names) == [7, 500, 999]
-    assert ImageFolder(str(tmp_path)).targets(names[::-1]) == [992, 499, 0]
+    assert ImageTree(str(tmp_path)).targets(names) == [7, 500, 999]
+    assert ImageTree(str(tmp_path)).targets(names[::-1]) == [992, 499, 0]
     with pytest.raises(InputError, match=r"no class named n00000500, n00000999; it knows 100"):
-        ImageFolder(str(tmp_path)).targets(names[:100])
+        ImageTree(str(tmp_path)).targets(names[:100])
 
 
 def test_trees_without_labels(tmp_path):
     draw("discs", 1).save(tmp_path / "a.png")
-    assert ImageFolder(str(tmp_path)).targets(["x"]) == [NO_LABEL]
+    assert ImageTree(str(tmp_path)).targets(["x"]) == [NO_LABEL]
     (tmp_path / "x").mkdir()
     draw("discs", 2).save(tmp_path / "x" / "b.png")
     with pytest.raises(InputError, match=r"a\.png lies beside the class folders"):
-        ImageFolder(str(tmp_path)).targets(["x"])
+        ImageTree(str(tmp_path)).targets(["x"])
 
 
 def test_absent_and_empty_folders(tmp_path):
     for folder, message in (("nowhere", "no such folder"), ("", "holds no images")):
         with pytest.raises(InputError, match=message):
-            ImageFolder(str(tmp_path / folder))
+            ImageTree(str(tmp_path / folder))

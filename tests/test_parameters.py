@@ -121,7 +121,6 @@ def test_output_that_nobody_reads_any_more():
             RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
             "lower the batch size",
         ),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "data.workers"),
         (RuntimeError("a fault of the program"), None),
     ],
 )
