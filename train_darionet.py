@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from models.files import check_writable
 from torch.optim.swa_utils import AveragedModel
 
 from experiment import plots
@@ -62,7 +63,6 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, write_note
 from models.errors import InputError
-from models.files import check_writable
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction
@@ -167,7 +167,7 @@ def main() -> int:
                     for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
                         done = step(
                             batch,
-                            lambda images: loss(images, reduction(images), restore),
+                            lambda images, _: loss(images, reduction(images), restore),
                             network,
                             optimizer,
                             scaler,
@@ -204,7 +204,7 @@ def main() -> int:
                 batches = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
                 with progress_bar(len(batches), "validation", training.verbose, leave=False) as bar:
                     scores = validate(
-                        lambda images: loss(images, reduction(images), evaluated_restore, with_logits=True),
+                        lambda images, _: loss(images, reduction(images), evaluated_restore, with_logits=True),
                         loader(val_set, runtime.part(batches)),
                         targets,
                         runtime,

@@ -22,12 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model
 
 from benchmarks.plain import PlainRRDBNet, plain_loss
-from experiment.distillation import distillation_loss
+from experiment.distillation import Losses, distillation_loss
 from experiment.runtime import compiled
 from models.classifier import FrozenClassifier, head_of
 from models.fast import fold, fuse_activations
-from models.pipeline import Pipeline
+from models.pipeline import Pipeline, Upscale
 from models.rrdbnet import RRDBNet
+from models.scaler import Reduction
 
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5}
 STEP_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4}  # of a whole step, where more roundings add up
@@ -90,14 +91,19 @@ def random_classifier(architecture: str = "resnet50", classes: int = 1000, seed:
     return network.eval().requires_grad_(False)
 
 
-def frozen(network: nn.Module, architecture: str, folder) -> FrozenClassifier:
-    """The project's classifier with the weights of a torchvision network; `folder` takes its file."""
-    from models.classifier import save_classifier
+def frozen(network: nn.Module) -> FrozenClassifier:
+    """The project's classifier around a torchvision network."""
+    return FrozenClassifier(network, [f"class {i}" for i in range(head_of(network)[1].weight.shape[0])])
 
-    path = folder / "classifier.pt"
-    names = [f"class {i}" for i in range(head_of(network)[1].weight.shape[0])]
-    save_classifier(network.state_dict(), names, path)
-    return FrozenClassifier(architecture, str(path))
+
+def pipeline_of(classifier: FrozenClassifier, network: RRDBNet) -> Pipeline:
+    """The published reduction, and the network to restore."""
+    return Pipeline("DarioNet", classifier, Reduction(), Upscale(network))
+
+
+def loss_of(pipeline: Pipeline, images: Tensor, **weights: float) -> Losses:
+    """The loss of training on a batch, with these weights of its terms."""
+    return distillation_loss(images, pipeline.reduce(images), pipeline.restore, [pipeline.classifier], weights)
 
 
 def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
@@ -194,10 +200,10 @@ def step_errors(
 
     `dtype` is autocast's for both steps; the plain one's own error is 0 in float32.
     """
-    network, classifier = pipeline.upscaler, pipeline.classifier
+    network, classifier = pipeline.restore.network, pipeline.classifier
     plain = plain_twin(network)
     plain_classifier = copy.deepcopy(classifier.network).to(memory_format=torch.contiguous_format)
-    ours = partial(distillation_loss, logits=1.0, pixels=0.0, features=0.0)
+    ours = partial(loss_of, logits=1.0)
     ours = compiled(ours) if compiling else ours
     device = images.device.type
 
@@ -215,7 +221,7 @@ def step_errors(
     return tuple(map(error, found, expected)), tuple(map(error, same, expected))
 
 
-def all_checks(device: str, folder) -> list[tuple[str, float, float]]:
+def all_checks(device: str) -> list[tuple[str, float, float]]:
     """(what, error, bound) of every fast path on a device."""
     checks = []
     for dtype, size in ((torch.float64, (16, 2, 8)), (torch.float32, (64, 1, 32))):
@@ -225,9 +231,7 @@ def all_checks(device: str, folder) -> list[tuple[str, float, float]]:
             checks.append((f"{name}: output", max(out for out, _ in found), BOUNDS[dtype]))
             checks.append((f"{name}: gradients, best of {len(SEEDS)}", min(g for _, g in found), BOUNDS[dtype]))
     checks += classifier_checks("resnet50", device)
-    classifier = frozen(random_classifier("resnet18", 20), "resnet18", folder).to(device)
-    network = random_network(16, 2, 8).to(device)
-    pipeline = Pipeline("DarioNet", classifier, upscaler=network)
+    pipeline = pipeline_of(frozen(random_classifier("resnet18", 20)), random_network(16, 2, 8)).to(device)
 
     def on(images: Tensor) -> Tensor:
         return images.to(device).contiguous(memory_format=torch.channels_last)
@@ -257,13 +261,7 @@ class Operators(TorchDispatchMode):
 
 
 def main() -> int:
-    import tempfile
-    from pathlib import Path
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with tempfile.TemporaryDirectory() as folder:
-        checks = all_checks(device, Path(folder))
-    return print_checks(checks)
+    return print_checks(all_checks("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def print_checks(checks: list[tuple[str, float, float]]) -> int:

@@ -15,15 +15,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import torch
 
 from benchmarks.correctness import frozen, random_classifier, random_network
 from benchmarks.throughput import Ours
-from experiment.runtime import start_runtime, seed_without_tf32
+from experiment.runtime import seed_without_tf32, start_runtime
 from models.darionet import prepare
 from models.rrdbnet import RRDBNet
 
@@ -106,8 +104,7 @@ def process(blocks: int) -> int:
     images = 2 if runtime.device.type == "cpu" else 16
     generator = torch.Generator().manual_seed(runtime.rank)
     batches = list(torch.randint(0, 256, (1, images, 3, 256, 256), dtype=torch.uint8, generator=generator))
-    with tempfile.TemporaryDirectory() as folder:
-        classifier = frozen(random_classifier(), "resnet50", Path(folder))
+    classifier = frozen(random_classifier())
     classifier.to(runtime.device, memory_format=torch.channels_last)
     ours = Ours(prepare(random_network(64, blocks, 32), runtime.device), classifier, batches, runtime)
     gradients = torch.zeros(sum(p.numel() for p in ours.network.parameters()), device=runtime.device)

@@ -4,7 +4,7 @@
     python -m benchmarks.throughput --quick         4 blocks
     python -m benchmarks.throughput --size 32 3 16 --side 64 --batch 16      the network of examples/shapes
 
-What runs is the program's own code, `train_epoch` and `validate`, on random images and random weights; the plain
+What runs is the program's own code, `step` and `validate`, on random images and random weights; the plain
 reference is benchmarks/plain.py with the same weights. Loading and inference are compared with spandrel's ESRGAN, where
 spandrel is installed. Correctness comes first (benchmarks/correctness.py): nothing is timed that gives wrong numbers.
 The last line is JSON: train_ratio and evaluate_ratio are images/s over the plain reference's, at the last batch size;
@@ -34,14 +34,21 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.correctness import all_checks, frozen, plain_twin, print_checks, random_classifier, random_network
+from benchmarks.correctness import (
+    all_checks,
+    frozen,
+    pipeline_of,
+    plain_twin,
+    print_checks,
+    random_classifier,
+    random_network,
+)
 from benchmarks.plain import plain_loss
 from experiment.data import Batch, to_float
-from experiment.distillation import Progress, distillation_loss, train_epoch, validate
-from experiment.runtime import DTYPES, Runtime, Stopper, start_runtime, compiled, seed_without_tf32
+from experiment.distillation import distillation_loss, step, validate
+from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet, prepare
-from models.pipeline import Pipeline
 from models.rrdbnet import ResidualDenseBlock, RRDBNet
 
 LEARNING_RATE = 1e-5
@@ -76,7 +83,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         if not arguments.no_checks:
             print("\nCorrectness: |difference| / |expected|")
-            if print_checks(all_checks(device.type, Path(folder))):
+            if print_checks(all_checks(device.type)):
                 return 1
         started = time.perf_counter()
         subprocess.run([sys.executable, "-c", IMPORTS], check=True)
@@ -86,7 +93,7 @@ def main() -> int:
         result |= loading_and_inference(size, arguments, runtime, Path(folder))
         batches = []
         for batch in arguments.batch or ([2] if device.type == "cpu" else [16, 64]):
-            batches.append({"batch": batch} | measure(size, batch, arguments, runtime, Path(folder), result))
+            batches.append({"batch": batch} | measure(size, batch, arguments, runtime, result))
         result |= batches[-1] | {"batches": batches}
     print(json.dumps(result))
     return 0
@@ -158,38 +165,28 @@ class Ours:
         self.runtime, self.network = runtime, network
         if runtime.precision != "float32":
             classifier.fold(DTYPES[runtime.precision])
-        self.pipeline = Pipeline("DarioNet", classifier, upscaler=network)
-        loss = partial(distillation_loss, logits=1.0, pixels=0.0, features=0.0)
+        self.pipeline = pipeline_of(classifier, network)
+        loss = partial(distillation_loss, teachers=[classifier], weights={"logits": 1.0})
         self.loss = compiled(loss) if runtime.device.type == "cuda" else loss
         self.optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.batches = [Batch(images, torch.arange(len(images)), []) for images in batches]
-        self.progress = Progress()
+
+    def loss_on(self, images: Tensor, indices: Tensor | None = None, **options):
+        return self.loss(images, self.pipeline.reduce(images), self.pipeline.restore, **options)
 
     def train(self) -> None:
         """One step a batch."""
-        train_epoch(
-            self.pipeline,
-            self.loss,
-            self.optimizer,
-            self.scaler,
-            self.batches,
-            self.runtime,
-            self.progress,
-            learning_rate=lambda batch: LEARNING_RATE,
-            gradient_clip_norm=1.0,
-            check_unreadable=lambda found: None,
-            after_step=lambda: None,
-            stopper=Stopper(),
-            bar=tqdm(disable=True),
-        )
-        assert not self.progress.skipped, "the loss was not finite"
+        scaling = (self.network, self.optimizer, self.scaler, self.runtime)
+        for batch in self.batches:
+            done = step(batch, self.loss_on, *scaling, learning_rate=LEARNING_RATE, clip_norm=1.0)
+            assert done.taken, "the loss was not finite"
 
     def evaluate(self) -> None:
         """One validation batch a batch: the loss, and the scores on the original and on the rebuilt images."""
         targets = list(range(len(self.batches[0].images)))
-        bar = tqdm(disable=True)
-        validate(self.pipeline, self.loss, self.batches, targets, self.runtime, Stopper(), bar)
+        loss = partial(self.loss_on, with_logits=True)
+        validate(loss, self.batches, targets, self.runtime, Stopper(), tqdm(disable=True))
 
 
 class Plain:
@@ -227,16 +224,14 @@ class Plain:
             self.loss(images).item()
 
 
-def measure(
-    size: tuple[int, int, int], batch: int, arguments, runtime: Runtime, folder: Path, peak: dict
-) -> dict[str, float]:
+def measure(size: tuple[int, int, int], batch: int, arguments, runtime: Runtime, peak: dict) -> dict[str, float]:
     """Both variants at one batch size: prints the table, returns its figures."""
     device = runtime.device
     generator = torch.Generator().manual_seed(0)
     shape = (1, batch, 3, arguments.side, arguments.side)
     batches = list(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
     started = time.perf_counter()
-    classifier = frozen(random_classifier(), "resnet50", folder)
+    classifier = frozen(random_classifier())
     classifier.to(device, memory_format=torch.channels_last)
     network = prepare(random_network(*size), device)
     network.recompute = arguments.recompute
@@ -293,7 +288,7 @@ def measure(
 
 def validate_once(ours: Ours) -> float:
     with torch.no_grad(), ours.runtime.autocast():
-        return ours.loss(ours.pipeline, to_float(ours.batches[0].images, ours.runtime.device)).total.item()
+        return ours.loss_on(to_float(ours.batches[0].images, ours.runtime.device)).total.item()
 
 
 def memory(call: Callable[[], None], device: torch.device) -> float:

@@ -1,116 +1,126 @@
 """What is a DarioNet worth on small images that were made in another way than it was trained for?
 
-    python -m examples.degradation --parameters examples/tiny_imagenet/parameters.json \\
+    python examples/degradation.py --parameters examples/tiny_imagenet/parameters.json \\
         --weights examples/tiny_imagenet/output/DarioNet.pt examples/tiny_imagenet/output/antialiased.pt
+    python examples/degradation.py --scales 0.5 0.32 0.1667      at several scales
 
-The test images are reduced by transformations.scale in five ways: plain bilinear (as published), antialiased bilinear,
-antialiased bicubic, and plain bilinear stored as JPEG of quality 75 and 40. Every network rebuilds all of them, and
-brings them to size as it was trained to; so does bilinear enlarging. The table has accuracies and, in brackets, the
-fraction recovered of what bilinear loses on the same small images; table and numbers go to
-assets/logs/degradation_<stamp>/.
+The test images are reduced in five ways: plain bilinear (as published), antialiased bilinear, antialiased bicubic, and
+plain bilinear stored as JPEG of quality 75 and 40. Every network rebuilds all of them, and so do bilinear and bicubic
+enlarging. The table has accuracies and, in brackets, the fraction recovered of what bilinear loses on the same small
+images; table, numbers and figure go to assets/logs/degradation_<stamp>/.
 """
 
-import io
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).parent.parent))  # started as a file, as the scripts are
+
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
-from experiment.metrics import write_json
+from experiment import plots
+from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader, to_float
+from experiment.metrics import BASELINE, require_finite, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import start_runtime, seed_without_tf32, new_run_folder
-from models.classifier import FrozenClassifier
-from models.darionet import load_rrdbnet, trained_for
+from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from models.classifier import open_classifier
+from models.darionet import load_upscalers
 from models.errors import InputError
-from models.pipeline import Pipeline
-
-# name: interpolation, antialias, JPEG quality
-DEGRADATIONS = {
-    "bilinear": ("bilinear", False, None),
-    "bilinear, antialiased": ("bilinear", True, None),
-    "bicubic, antialiased": ("bicubic", True, None),
-    "bilinear, JPEG 75": ("bilinear", False, 75),
-    "bilinear, JPEG 40": ("bilinear", False, 40),
-}
+from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.scaler import Jpeg, Reduction
 
 
-def through_jpeg(images: Tensor, quality: int) -> Tensor:
-    """(N,3,H,W) in [0,1] -> the same after being stored as JPEG files of this quality (4:2:0 chroma, as cameras do)."""
-    stored = []
-    for image in images.mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
-        file = io.BytesIO()
-        Image.fromarray(image).save(file, "JPEG", quality=quality)
-        stored.append(torch.from_numpy(np.array(Image.open(file))))
-    return torch.stack(stored).permute(0, 3, 1, 2).to(images.device).float().div(255)
+def ways(scale: float) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Name -> a way to make images smaller by `scale`. A new one is an entry."""
+    plain = Reduction(scale)
+    return {
+        "bilinear": plain,
+        "bilinear, antialiased": Reduction(scale, antialias=True),
+        "bicubic, antialiased": Reduction(scale, "bicubic", antialias=True),
+        "bilinear, JPEG 75": Jpeg(plain, 75),
+        "bilinear, JPEG 40": Jpeg(plain, 40),
+    }
 
 
 @torch.no_grad()
-def main() -> None:
+def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--weights", nargs="+", required=True, metavar="FILE", help="the networks to compare")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
+    parser.add_argument("--scales", nargs="+", type=float, metavar="S", help="default: transformations.scale")
     arguments = parser.parse_args()
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
-    t, options = parameters.transformations, parameters.test
+    t, options, d = parameters.transformations, parameters.test, parameters.darionet
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    classifier = FrozenClassifier(parameters.classifier.architecture, parameters.classifier.weights)
+    classifier = open_classifier(**parameters.classifier[0].model_dump())
     classifier.to(runtime.device, memory_format=torch.channels_last)
+    classifier.require(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
-    networks = {"Bilinear": Pipeline("Bilinear", classifier, scale=None)}
-    for path in arguments.weights:
-        note = {"interpolation": t.interpolation, "antialias": t.antialias} | trained_for(path)
-        networks[path] = Pipeline(
-            path,
-            classifier,
-            upscaler=load_rrdbnet(path, runtime.device),
-            scale=None,
-            interpolation=note["interpolation"],
-            antialias=note["antialias"],
-        )
-    batches = epoch_batches(
-        len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=False, limit=options.batches_per_epoch
-    )
+    restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
+    networks = load_upscalers(arguments.weights or [d.weights], d.initial_weights, runtime.device)
+    restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
+    pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
+    scales = arguments.scales or [t.scale]
+    reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
+    limit = options.batches_per_epoch
+    batches = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
 
-    right = {name: dict.fromkeys(networks, 0) for name in DEGRADATIONS}
+    right = {key: dict.fromkeys(restores, 0) for key in reductions}
     original = count = unreadable = 0
-    for batch in tqdm(make_loader(dataset, batches, parameters.data.workers, False), unit="batch", disable=None):
-        unreadable += len(batch.unreadable)
-        if not len(batch.images):
-            continue
-        images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)
-        size = tuple(images.shape[-2:])
-        original += (classifier(images).argmax(1) == target).sum().item()
-        count += len(images)
-        for name, (interpolation, antialias, quality) in DEGRADATIONS.items():
-            making = {"scale": t.scale, "interpolation": interpolation, "antialias": antialias}
-            small = Pipeline("small", classifier, **making).reduce(images)
-            small = small if quality is None else through_jpeg(small, quality)
-            for path, pipeline in networks.items():
-                right[name][path] += (pipeline(small, size)[2].argmax(1) == target).sum().item()
+    loader = make_loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
+    with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose, unit="batch") as bar:
+        for batch in batches_until_stopped(loader, stopper):
+            unreadable += len(batch.unreadable)
+            if len(batch.images):
+                images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)
+                with runtime.autocast():
+                    logits = classifier(images)
+                    require_finite(logits, "the original images")
+                    original += (logits.argmax(1) == target).sum().item()
+                    count += len(images)
+                    for key, reduce in reductions.items():
+                        small = reduce(images)
+                        for pipeline in pipelines:
+                            logits = pipeline(small, tuple(images.shape[-2:]))[2]
+                            require_finite(logits, f"the images of {pipeline.name}")
+                            right[key][pipeline.name] += (logits.argmax(1) == target).sum().item()
+            bar.update()
+        if stopper.requested:
+            print(f"Stopped after {count} of {len(dataset)} images")
     if not count:
         raise InputError(f"{dataset.root}: none of its images could be read")
 
-    accuracy = {name: {path: hits / count for path, hits in row.items()} for name, row in right.items()}
-    lines = [f"| small images | {' | '.join(networks)} |", "|---" * (len(networks) + 1) + "|"]
-    for name, row in accuracy.items():
-        lost = original / count - row["Bilinear"]
-        cells = [f"{row['Bilinear']:.3f}"]
-        for path in arguments.weights:
-            gained = f" ({(row[path] - row['Bilinear']) / lost:.0%})" if lost > 0 else ""
-            cells.append(f"{row[path]:.3f}{gained}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    table = "\n".join(lines) + f"\n\n{count} test images, x{t.scale}; original accuracy {original / count:.3f}.\n"
+    rows = []
+    for (scale, name), hits in right.items():
+        accuracy = {row: found / count for row, found in hits.items()}
+        lost = original / count - accuracy[BASELINE]
+        recovered = {row: (a - accuracy[BASELINE]) / lost if lost > 0 else None for row, a in accuracy.items()}
+        rows.append({"scale": scale, "reduction": name, "accuracy": accuracy, "recovered": recovered})
     folder = new_run_folder("degradation")
-    write_json(folder / "results.json", {"n": count, "original": original / count, "accuracy": accuracy})
+    write_json(folder / "results.json", {"n": count, "original": original / count, "rows": rows})
+    table = f"{markdown(rows)}\n{count} test images; accuracy on the originals {original / count:.3f}.\n"
     (folder / "results.md").write_text(table, encoding="utf-8")
+    plots.degradation(rows, folder / "degradation.png")
     print(table)
     if unreadable:
         print(f"{unreadable} images could not be read and were not scored")
     print(folder)
+    return stopper.code if stopper.requested else 1 if unreadable else 0
+
+
+def markdown(rows: list[dict]) -> str:
+    names = list(rows[0]["accuracy"])
+    lines = [f"| scale | small images | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for row in rows:
+        cells = []
+        for name in names:
+            recovered = row["recovered"][name]
+            gained = "" if name == BASELINE or recovered is None else f" ({recovered:.0%})"
+            cells.append(f"{row['accuracy'][name]:.3f}{gained}")
+        lines.append(f"| {row['scale']:.3g} | {row['reduction']} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

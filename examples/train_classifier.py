@@ -1,125 +1,232 @@
 """Trains a classifier for data that has none, from scratch, on the folders that a parameters.json names.
 
-    python -m examples.train_classifier --parameters examples/shapes/parameters.json --epochs 6
+    python examples/train_classifier.py --parameters examples/shapes/parameters.json --epochs 6
+    python examples/train_classifier.py --resume                 goes on with the one that was stopped last
 
-It reads data.train, reports its accuracy on data.val, and writes classifier.weights: a state dict with the class names
-and the normalisation. SGD with Nesterov momentum and a one-cycle learning rate (Smith and Topin 2017,
-https://arxiv.org/abs/1708.07120); random flips and shifts.
+It reads data.train, reports its accuracy on data.val, and writes classifier.weights, those of the best epoch: a state
+dict with the class names and the normalisation. SGD with Nesterov momentum, the learning rate a third of the way up and
+then half a cosine down; random flips and shifts. Steps, guards and checkpoints are those of train_darionet.py.
 """
 
+import copy
+import json
 import math
 import random
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # started as a file, as the scripts are
 
 import torch
+from models.files import check_writable
+from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.transforms.v2 import functional as vision
-from tqdm import tqdm
 
-from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
+from experiment.checkpoint import State, load_checkpoint, refuse_changes, run_to_resume, save_checkpoint, to_cpu
+from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader
+from experiment.distillation import Losses, learning_rate_at, refuse_unreadable, step, validate
+from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.runtime import start_runtime, seed_without_tf32
-from models.classifier import IMAGENET_MEAN, IMAGENET_STD, published_weights, save_classifier
+from experiment.runtime import (
+    Stopper,
+    duration,
+    new_run_folder,
+    out_of_memory_is_one_line,
+    progress_bar,
+    seed_without_tf32,
+    start_runtime,
+)
+from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
 from models.errors import InputError
 
+LOGS = Path("assets/logs")
 
-def main() -> None:
+
+def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=0.05, help="its peak")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 to 1")
     parser.add_argument("--shift", type=int, default=0, help="largest random shift of the pictures, in pixels")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a stopped run")
     arguments = parser.parse_args()
-    if arguments.epochs < 1 or arguments.batch_size < 2:
-        raise InputError("--epochs has to be at least 1 and --batch-size at least 2")
-    parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
-    t, data, seed = parameters.transformations, parameters.data, parameters.training.seed
+    refuse_options(arguments)
+    with Stopper() as stopper:
+        folder = run_to_resume(LOGS, arguments.resume, "classifier") if arguments.resume else None
+        checkpoint = None if folder is None else load_checkpoint(folder)
+        default = "parameters.json" if folder is None else folder / "parameters.json"
+        parameters = read_parameters(arguments.parameters or default, arguments.set)
+        t, training, data = parameters.transformations, parameters.training, parameters.data
+        name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
+        if place is None or place in published_weights(name):
+            raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
+        try:
+            check_writable(place)
+        except OSError as error:
+            raise InputError(f"{place}: can't be written ({error.strerror}); change classifier.weights") from None
+        runtime = start_runtime(training.precision)
+        if runtime.processes > 1:
+            raise InputError("one process trains a classifier: start it with python, not with torchrun")
+        seed_without_tf32(seed)
+        train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
+        folders = [train_set.folder_of(i) for i in range(len(train_set))]
+        class_names = sorted(set(folders))
+        if len(class_names) < 2:
+            raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")
+        targets = torch.tensor(train_set.targets(class_names), device=runtime.device)
+        val_targets = val_set.targets(class_names, required=True)
 
-    runtime = start_runtime(parameters.training.precision)
-    seed_without_tf32(seed)
-    rng = random.Random(seed)
-    train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-    class_names = sorted({train_set.folder_of(i) for i in range(len(train_set))})
-    if len(class_names) < 2:
-        raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")
-    train_targets = torch.tensor(train_set.targets(class_names), device=runtime.device)
-    val_targets = torch.tensor(val_set.targets(class_names))
-
-    # Residual branches that start at zero (Goyal et al. 2017, section 5.1) let ResNets learn in a few hundred steps.
-    name = parameters.classifier.architecture
-    if parameters.classifier.weights in published_weights(name):
-        raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
-    extra = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
-    network = get_model(name, weights=None, num_classes=len(class_names), **extra)
-    network = network.to(runtime.device, memory_format=torch.channels_last)
-    steps = math.ceil(len(train_set) / arguments.batch_size)
-    optimizer = torch.optim.SGD(
-        network.parameters(), arguments.learning_rate, momentum=0.9, nesterov=True, weight_decay=arguments.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, arguments.learning_rate, total_steps=steps * arguments.epochs
-    )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-    mean = torch.tensor(IMAGENET_MEAN, device=runtime.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGENET_STD, device=runtime.device).view(1, 3, 1, 1)
-    print(f"{name} from scratch: {len(train_set)} images of {len(class_names)} classes in {data.train}")
-    print(f"Machine: {runtime.describe()}, batch size {arguments.batch_size}")
-
-    def scores(images: torch.Tensor) -> torch.Tensor:
-        with runtime.autocast():
-            return network((images - mean) / std).float()
-
-    for epoch in range(arguments.epochs):
-        started = time.perf_counter()
-        train_set.transform = Transform(
-            t.resize_size,
-            t.train_crop_size,
-            t.random_horizontal_flip_probability,
-            t.random_vertical_flip_probability,
-            seed,
-            epoch,
+        # Residual branches that start at zero (Goyal et al. 2017, section 5.1) let ResNets learn in a few hundred steps.
+        options = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
+        options |= {"aux_logits": False} if quick(name) else {}
+        network = get_model(name, weights=None, num_classes=len(class_names), **options)
+        frozen = FrozenClassifier(copy.deepcopy(network), class_names)
+        for key in ("train_crop_size", "val_crop_size"):
+            frozen.require(getattr(t, key), f"transformations.{key}")
+        network.to(runtime.device, memory_format=torch.channels_last)
+        mean = torch.tensor(IMAGENET_MEAN, device=runtime.device).view(1, 3, 1, 1)
+        std = torch.tensor(IMAGENET_STD, device=runtime.device).view(1, 3, 1, 1)
+        optimizer = torch.optim.SGD(
+            network.parameters(),
+            arguments.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=arguments.weight_decay,
         )
-        batches = epoch_batches(len(train_set), arguments.batch_size, seed=seed, epoch=epoch, shuffle=True, limit=None)
-        network.train()
-        total = 0.0
-        loader = make_loader(train_set, batches, data.workers, runtime.device.type == "cuda")
-        for batch in tqdm(loader, desc=f"epoch {epoch + 1}/{arguments.epochs}", unit="step", disable=None, leave=False):
-            if len(batch.images) < 2:  # BatchNorm needs two
-                continue
-            images = to_float(batch.images, runtime.device)
-            if arguments.shift:
-                shift = arguments.shift
-                images = vision.pad(images, [shift] * 4, padding_mode="reflect")
-                top, left = rng.randint(0, 2 * shift), rng.randint(0, 2 * shift)
-                images = vision.crop(images, top, left, t.train_crop_size, t.train_crop_size)
-            target = train_targets[batch.indices.to(runtime.device)]
-            loss = F.cross_entropy(scores(images), target, label_smoothing=arguments.label_smoothing)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            total += loss.item() * len(images)
+        scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        state = State()
+        remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
+        resolved = parameters.model_dump() | {
+            "options": {key: value for key, value in vars(arguments).items() if key not in ("resume", "set")},
+            "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
+        }
+        if checkpoint is not None:
+            refuse_changes(json.loads(checkpoint["resolved"]), resolved)
+            for key, thing in remembered.items():
+                thing.load_state_dict(checkpoint[key])
+        folder = new_run_folder("classifier") if folder is None else folder
+        write_json(folder / "parameters.json", parameters.model_dump())
+        print(f"{name} from scratch: {len(train_set)} images of {len(class_names)} classes in {data.train}")
+        print(f"Machine: {runtime.describe()}, batch size {arguments.batch_size}")
 
-        network.eval()
-        right = count = 0
-        batches = [list(range(i, min(i + 100, len(val_set)))) for i in range(0, len(val_set), 100)]
-        with torch.no_grad():
-            for batch in make_loader(val_set, batches, data.workers, False):
-                if len(batch.images):
-                    predicted = scores(to_float(batch.images, runtime.device)).argmax(1).cpu()
-                    right += (predicted == val_targets[batch.indices]).sum().item()
-                    count += len(batch.images)
-        seconds = time.perf_counter() - started
-        print(
-            f"epoch {epoch + 1}/{arguments.epochs}: loss {total / len(train_set):.4f}, "
-            f"validation accuracy {right / max(1, count):.4f}, {seconds:.0f} s"
-        )
-    save_classifier(network.state_dict(), class_names, parameters.classifier.weights, architecture=name)
-    print(parameters.classifier.weights)
+        def remember() -> None:
+            states = {key: to_cpu(thing.state_dict()) for key, thing in remembered.items()}
+            save_checkpoint(folder, states | {"resolved": json.dumps(resolved)})
+
+        def loss(images: Tensor, indices: Tensor) -> Losses:
+            """Cross-entropy of the classes, of shifted pictures in training."""
+            known = targets[indices.to(runtime.device)]
+            if network.training and arguments.shift:
+                images = shifted(images, arguments.shift, f"{seed}/{state.epoch}/{state.batch}")
+            scores = network((images - mean) / std).float()
+            smoothing = arguments.label_smoothing if network.training else 0.0
+            if not network.training:
+                known = torch.tensor(val_targets, device=runtime.device)[indices.to(runtime.device)]
+            total = F.cross_entropy(scores, known, label_smoothing=smoothing)
+            return Losses(total, {}, scores.new_zeros(len(scores)), scores.detach(), scores.detach())
+
+        remember()
+        steps_per_epoch = math.ceil(len(train_set) / arguments.batch_size)
+        total_steps = steps_per_epoch * arguments.epochs
+        schedule = (total_steps, arguments.learning_rate, "cosine", total_steps // 3)
+        first, begun, estimated = state.epoch * steps_per_epoch + state.batch, time.perf_counter(), False
+        flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
+        for epoch in range(state.epoch, arguments.epochs):
+            train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, seed, epoch)
+            order = {"seed": seed, "epoch": epoch, "shuffle": True, "limit": None}
+            left = epoch_batches(len(train_set), arguments.batch_size, **order)[state.batch :]
+            network.train()
+            bar = progress_bar(
+                steps_per_epoch, f"epoch {epoch + 1}/{arguments.epochs}", initial=state.batch, leave=False
+            )
+            started = time.perf_counter()
+            with bar, out_of_memory_is_one_line(runtime, arguments.batch_size, "--batch-size"):
+                for batch in batches_until_stopped(make_loader(train_set, left, data.workers, False), stopper):
+                    if len(batch.images) == 1:  # BatchNorm needs two
+                        batch = batch._replace(images=batch.images[:0])
+                    done = step(
+                        batch,
+                        loss,
+                        network,
+                        optimizer,
+                        scaler,
+                        runtime,
+                        learning_rate=learning_rate_at(epoch * steps_per_epoch + state.batch, *schedule),
+                        clip_norm=None,
+                        stop=stopper.requested,
+                    )
+                    now = time.perf_counter()
+                    state.count(done, now - started)
+                    started = now
+                    if done.unreadable:
+                        rows = [{"image": train_set.paths[i], "reason": r} for i, r in sorted(state.unreadable.items())]
+                        write_csv(folder / "unreadable.csv", rows)
+                        refuse_unreadable(state.unreadable, folders)
+                    bar.update()
+                    at = epoch * steps_per_epoch + state.batch
+                    if not estimated and now - begun > 5:
+                        estimated = True
+                        bar.write(f"Training to go: {duration((total_steps - at) * (now - begun) / (at - first))}")
+                    if done.stops:
+                        break
+            if stopper.requested:
+                break
+            network.eval()
+            batches = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
+            with progress_bar(len(batches), "validation", leave=False) as bar:
+                loader = make_loader(val_set, batches, data.workers, False)
+                scores = validate(loss, loader, val_targets, runtime, stopper, bar)
+            if scores is None:
+                break
+            row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)
+            if improved:
+                save_classifier(network, class_names, place, architecture=name)
+            remember()
+            print(
+                f"epoch {epoch + 1}/{arguments.epochs}: loss {row['train_loss']:.4f}; validation loss "
+                f"{row['val_loss']:.4f}, accuracy {row['val_accuracy']:.4f}; {row['seconds']:.0f} s"
+                f"{' (best so far)' if improved else ''}"
+            )
+        if state.epoch < arguments.epochs:
+            remember()
+            print(f"Stopped in epoch {state.epoch + 1}. To go on: add --resume {folder}")
+            print(folder)
+            return stopper.code
+    if state.unreadable:
+        print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
+    if not math.isfinite(state.best):
+        raise InputError("the validation loss was never finite, so nothing was written: lower --learning-rate")
+    print(f"Weights of the best validation loss ({state.best:.4f}): {place}")
+    print(folder)
+    return 0
+
+
+def shifted(images: Tensor, most: int, key: str) -> Tensor:
+    """The batch moved by up to `most` pixels in both directions, its borders mirrored; drawn from `key`."""
+    rng = random.Random(key)
+    height, width = images.shape[-2:]
+    images = vision.pad(images, [most] * 4, padding_mode="reflect")
+    return vision.crop(images, rng.randint(0, 2 * most), rng.randint(0, 2 * most), height, width)
+
+
+def refuse_options(arguments) -> None:
+    """Raises InputError for an option out of range."""
+    for option, low, high in (
+        ("epochs", 1, 100_000),
+        ("batch_size", 2, 65536),
+        ("learning_rate", 1e-9, 100),
+        ("weight_decay", 0, 1),
+        ("label_smoothing", 0, 1),
+        ("shift", 0, 1000),
+    ):
+        value = getattr(arguments, option)
+        if not low <= value <= high:
+            raise InputError(f"--{option.replace('_', '-')} {value}: has to be from {low:g} to {high:g}")
 
 
 if __name__ == "__main__":

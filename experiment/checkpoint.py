@@ -12,7 +12,6 @@ from typing import BinaryIO
 from torch import Tensor
 
 from experiment.distillation import Step
-
 from models.errors import InputError
 from models.weights import load_file, save_to, write_atomically
 

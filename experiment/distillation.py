@@ -174,7 +174,7 @@ class Step:
 
 def step(
     batch: Batch,
-    loss: Callable[[Tensor], Losses],
+    loss: Callable[[Tensor, Tensor], Losses],
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
@@ -184,7 +184,9 @@ def step(
     clip_norm: float | None,
     stop: bool = False,
 ) -> Step:
-    """One step on a batch. It is not taken where loss or gradient are not finite.
+    """One step on a batch; `loss` takes images, (N,3,H,W) in [0,1], and their indices in the data set.
+
+    It is not taken where loss or gradient are not finite.
 
     Under torchrun the batch is this process's part; the step is that of one process with all of them, and `stop`, that
     this process was asked to, becomes `stops` of all.
@@ -196,7 +198,7 @@ def step(
     if len(batch.images):
         images = to_float(batch.images, runtime.device)
         with runtime.autocast():
-            losses = loss(images)
+            losses = loss(images, batch.indices)
         scaler.scale(losses.total).backward()
         sums += torch.stack([losses.total.detach() * len(images), losses.psnr_db.sum()])
     count, stops, unreadable = runtime.sum_numbers(len(batch.images), stop, len(batch.unreadable))
@@ -234,7 +236,7 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
 
 @torch.no_grad()
 def validate(
-    loss: Callable[[Tensor], Losses],
+    loss: Callable[[Tensor, Tensor], Losses],
     loader: DataLoader,
     targets: list[int],
     runtime: Runtime,
@@ -243,7 +245,7 @@ def validate(
 ) -> dict[str, float | int | None] | None:
     """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None where a signal asked to stop.
 
-    `loss` gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun the loader has this
+    `loss` is as for `step`, and gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun the loader has this
     process's part; the scores are those of all.
 
     Raises:
@@ -257,7 +259,7 @@ def validate(
         if n:
             target = torch.tensor([targets[i] for i in batch.indices.tolist()])
             with runtime.autocast():
-                losses = loss(to_float(batch.images, runtime.device))
+                losses = loss(to_float(batch.images, runtime.device), batch.indices)
             require_finite(losses.original, "the original images")
             predicted, expected = losses.rebuilt.argmax(1).cpu(), losses.original.argmax(1).cpu()
             count += n
@@ -294,9 +296,7 @@ def refuse_unreadable(unreadable: dict[int, str], folders: list[str]) -> None:
     allowed = max(1, math.floor(UNREADABLE_SHARE * len(folders))) if len(folders) > UNREADABLE_FREE else len(folders)
     remedy = "unreadable.csv in the run folder lists them; mend or remove them"
     if len(unreadable) > allowed:
-        raise InputError(
-            f"{len(unreadable)} of {len(folders)} training images can't be read, over 0.1 %: {remedy}"
-        )
+        raise InputError(f"{len(unreadable)} of {len(folders)} training images can't be read, over 0.1 %: {remedy}")
     lost = {folders[index] for index in unreadable}
     left = {folder for index, folder in enumerate(folders) if folder in lost and index not in unreadable}
     for folder in sorted(lost - left):

@@ -32,9 +32,7 @@ class Evaluation:
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
 
 
-def make_pipelines(
-    classifier: FrozenClassifier, reduction: Reduction, networks: dict[str, RRDBNet]
-) -> list[Pipeline]:
+def make_pipelines(classifier: FrozenClassifier, reduction: Reduction, networks: dict[str, RRDBNet]) -> list[Pipeline]:
     """The rows of the results table in their order. A new row is a Pipeline in this list."""
     return [
         Pipeline(ORIGINAL, classifier, unchanged, unchanged),

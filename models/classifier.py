@@ -436,7 +436,9 @@ def from_file(architecture: str, weights: str | None) -> tuple[nn.Module, dict]:
     if weights is None:
         return network, noted
     if not is_file_name(weights):
-        raise InputError(f"classifier.weights: {weights!r} is no file; null takes the network as {architecture} gives it")
+        raise InputError(
+            f"classifier.weights: {weights!r} is no file; null takes the network as {architecture} gives it"
+        )
     contents, state = read_classifier_file(architecture, weights)
     load_strictly(network, state, weights)
     return network, noted | contents

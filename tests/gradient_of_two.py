@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from experiment.distillation import average_gradients, distillation_loss
+from benchmarks.correctness import loss_of, pipeline_of
+from experiment.distillation import average_gradients
 from experiment.runtime import Runtime, start_runtime
-from models.classifier import FrozenClassifier
-from models.pipeline import Pipeline
+from models.classifier import open_classifier
 from models.rrdbnet import RRDBNet
 
 
@@ -18,10 +18,10 @@ def gradient(images: torch.Tensor, count: int, runtime: Runtime) -> torch.Tensor
     """The gradient of the mean loss over the `count` images of all processes; `images` is this process's part."""
     torch.manual_seed(0)
     network = RRDBNet(8, 1, 4).double()
-    classifier = FrozenClassifier("resnet18", "classifier.pt").double()
-    pipeline = Pipeline("DarioNet", classifier, upscaler=network)
+    classifier = open_classifier("resnet18", "classifier.pt").double()
+    pipeline = pipeline_of(classifier, network)
     if len(images):
-        distillation_loss(pipeline, images, logits=1, pixels=0.5, features=1).total.backward()
+        loss_of(pipeline, images, logits=1, pixels=0.5, features=1).total.backward()
     average_gradients(network, len(images), count, runtime)
     return torch.cat([p.grad.flatten() for p in network.parameters()])
 

@@ -20,12 +20,13 @@ from benchmarks.correctness import (
     error,
     frozen,
     generator_errors,
+    loss_of,
+    pipeline_of,
     random_classifier,
     random_network,
     step_errors,
 )
 from benchmarks.throughput import saved_bytes
-from experiment.distillation import distillation_loss
 from experiment.runtime import cpu_has_bf16
 from models.fast import FusedConvolution, has_fused
 from models.pipeline import Pipeline
@@ -35,10 +36,9 @@ needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="bf16 is emulated her
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory) -> Pipeline:
-    classifier = frozen(random_classifier("resnet18", 20), "resnet18", tmp_path_factory.mktemp("classifier"))
-    network = random_network(8, 1, 4).to(memory_format=torch.channels_last)
-    return Pipeline("DarioNet", classifier.to(memory_format=torch.channels_last), upscaler=network)
+def pipeline() -> Pipeline:
+    classifier = frozen(random_classifier("resnet18", 20))
+    return pipeline_of(classifier, random_network(8, 1, 4)).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_the_folded_copy_is_no_part_of_the_classifier(pipeline, images):
     before = {key: value.clone() for key, value in classifier.state_dict().items()}
     with torch.autocast("cpu", torch.bfloat16):
         low = classifier(images).float()
-        logits, features = classifier.logits_and_features(images)
+        logits, features, _ = classifier.look(images)
     assert classifier.folded[torch.bfloat16] is not None
     assert logits.float().equal(low)
     head = classifier.folded[torch.bfloat16].get_submodule("fc")
@@ -215,8 +215,9 @@ def test_step_in_bf16_is_no_further_from_float32_than_the_plain_one(pipeline, im
 
 def test_compiled_step_is_the_eager_one(pipeline, images):
     """The graph that torch.compile gets, run without its code generator: what it captures has to be complete."""
-    loss = partial(distillation_loss, logits=1, pixels=1, features=0)
-    parameters = list(pipeline.upscaler.parameters())
+    pipeline.classifier.require(48, "side")  # finds the layers of the maps
+    loss = partial(loss_of, logits=1, pixels=1, features=1, maps=1)
+    parameters = list(pipeline.restore.network.parameters())
     expected = torch.autograd.grad(loss(pipeline, images).total, parameters)
     whole = torch.compile(loss, backend="aot_eager", fullgraph=True)
     found = torch.autograd.grad(whole(pipeline, images).total, parameters)
@@ -266,7 +267,7 @@ def test_gradients_beside_concatenations(dtype):
 def test_generator_makes_no_strided_view_of_channels_last(pipeline, images):
     """pytorch 174963: as_strided of a channels_last tensor is wrong under torch.compile; nothing here calls it."""
     with Operators() as seen:
-        torch.autograd.grad(pipeline.upscaler(images).sum(), list(pipeline.upscaler.parameters()))
+        torch.autograd.grad(pipeline.restore.network(images).sum(), list(pipeline.restore.network.parameters()))
     assert "aten::convolution_backward" in seen.names
     assert not [name for name in seen.names if "as_strided" in name]
 
@@ -275,6 +276,6 @@ def test_generator_makes_no_strided_view_of_channels_last(pipeline, images):
 def test_compiled_channels_last_is_eager_channels_last(pipeline, images):
     from experiment.runtime import compiled
 
-    network = copy.deepcopy(pipeline.upscaler).cuda()
+    network = copy.deepcopy(pipeline.restore.network).cuda()
     x = images.cuda()
     assert error(compiled(network)(x), network(x)) < 1e-3
