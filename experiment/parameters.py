@@ -281,6 +281,26 @@ def remedy(error: Exception) -> str | None:
     return None
 
 
+TASKS = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")  # of mpirun
+
+
+def refuse_tasks_without_torchrun() -> None:
+    """Raises InputError where srun or mpirun started several tasks that know nothing of each other.
+
+    Each would train alone, and the last one's weights would win. Shells and batch scripts are no tasks, even where the
+    job that they stand in has room for several.
+    """
+    e = os.environ
+    in_step = "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or e.get("ENVIRONMENT") != "BATCH")
+    counts = [e.get("SLURM_STEP_NUM_TASKS", e.get("SLURM_NTASKS")) if in_step else None, *map(e.get, TASKS)]
+    tasks = max(int(count) if (count or "").isdecimal() else 1 for count in counts)
+    if tasks > 1 and e.get("WORLD_SIZE", "1") == e.get("LOCAL_WORLD_SIZE", "1"):  # torchrun on each by itself: the same
+        raise InputError(
+            f"{tasks} tasks were started, and each would work alone: start one (srun -n 1), with torchrun "
+            f"--nproc_per_node={tasks} {Path(sys.argv[0]).name}; README.md has the command for several machines"
+        )
+
+
 class Unbroken:
     """A text stream that goes on in silence where nobody reads any more: `| head`, or a tee that Ctrl-C ended.
 

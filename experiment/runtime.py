@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiment.parameters import refuse_tasks_without_torchrun
 from models.errors import InputError, OneProcessError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
@@ -107,8 +108,9 @@ def choose_runtime(precision: str) -> Runtime:
     Under torchrun it joins the other processes, each on the GPU of its local rank.
 
     Raises:
-        InputError: fp16 without a GPU; more processes than GPUs.
+        InputError: fp16 without a GPU; more processes than GPUs; several tasks that srun started, without torchrun.
     """
+    refuse_tasks_without_torchrun()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()

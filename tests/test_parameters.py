@@ -7,7 +7,15 @@ import sys
 import pytest
 from conftest import ROOT, one_line
 
-from experiment.parameters import Parameters, Unbroken, read_parameters, remedy, run_script, script_parser
+from experiment.parameters import (
+    Parameters,
+    Unbroken,
+    read_parameters,
+    refuse_tasks_without_torchrun,
+    remedy,
+    run_script,
+    script_parser,
+)
 from models.errors import InputError
 
 
@@ -253,6 +261,51 @@ def test_a_notebook_runs_a_script(tmp_path, monkeypatch):
     NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute(cwd=str(tmp_path))
     said = ["".join(o.get("text", o.get("evalue", "")) for o in cell.outputs) for cell in notebook.cells]
     assert "ImageNet2012/train_original" in said[0] and "--overwrite" in said[1] and said[2] == "goes on\n", said
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
+JOB_VARIABLES = [*STEP, "SLURM_STEP_NUM_TASKS", "ENVIRONMENT", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        (STEP, 4),  # srun -n 4
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 4),
+        (STEP | {"ENVIRONMENT": "BATCH", "SLURM_STEP_NUM_TASKS": "2"}, 2),  # srun -n 2 in a batch script
+        (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 4),  # a torchrun for each, and none knows the others
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"PMI_SIZE": "3"}, 3),
+        ({"FLUX_JOB_SIZE": "16"}, 16),
+        ({}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell of srun --pty, or of salloc's interactive step
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "ENVIRONMENT": "BATCH"}, None),  # the batch script itself
+        (STEP | {"SLURM_NTASKS": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, None),
+        (STEP | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, None),  # torchrun over four machines
+        (STEP | {"WORLD_SIZE": "4"}, None),  # the variables of torchrun, set by hand
+    ],
+)
+def test_tasks_without_torchrun(monkeypatch, variables, tasks):
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["somewhere/train_darionet.py"])
+    if tasks is None:
+        refuse_tasks_without_torchrun()
+    else:
+        with pytest.raises(InputError, match=rf"^{tasks} tasks .* torchrun --nproc_per_node={tasks} train_darionet.py"):
+            refuse_tasks_without_torchrun()
+
+
+@pytest.mark.parametrize("script", ["train_darionet", "test", "try_darionet"])
+def test_every_script_refuses_tasks(start, experiment, monkeypatch, script):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    image = ["test/discs/0.png"] if script == "try_darionet" else []
+    one_line(start(script, *image), "torchrun --nproc_per_node=4")
+    assert not os.path.exists("assets")
 
 
 @pytest.mark.parametrize(
