@@ -26,8 +26,10 @@ from experiment.data import ImageTree, Transform, UnreadableImage, epoch_batches
 from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines
 from experiment.metrics import (
     BASELINE,
+    CLASSES,
     ORIGINAL,
     OURS,
+    PREDICTIONS,
     SMALL,
     decisions,
     markdown_table,
@@ -258,9 +260,10 @@ def draw_figures(folder: Path) -> None:
         InputError: the folder is not that of a finished evaluation.
     """
     try:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        parameters = json.loads((folder / "parameters.json").read_text(encoding="utf-8"))
-        rows, classes = read_csv(folder / "predictions.csv"), read_csv(folder / "classes.csv")
+        results = json.loads((folder / "results.json").read_bytes())
+        parameters = json.loads((folder / "parameters.json").read_bytes())
+        rows = read_csv(folder / "predictions.csv", PREDICTIONS)
+        classes = read_csv(folder / "classes.csv", CLASSES)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not the folder of a finished evaluation ({error})") from None
     plots.results_table(results["variants"], caption(results), folder / "table.png")

@@ -134,6 +134,7 @@ def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebu
     if rebuilt is not None:
         lists["psnr_db"] = psnr_db(rebuilt, images).tolist()
         if min(images.shape[-2:]) >= SMALLEST_FOR_SSIM:
-            similarity = structural_similarity_index_measure(rebuilt, images, data_range=1.0, reduction="none")
-            lists["ssim"] = similarity.reshape(-1).tolist()
+            _, windows = structural_similarity_index_measure(rebuilt, images, data_range=1.0, return_full_image=True)
+            edge = SMALLEST_FOR_SSIM // 2  # only windows that lie within the image count (Wang et al. 2004)
+            lists["ssim"] = windows[..., edge:-edge, edge:-edge].mean((1, 2, 3)).tolist()
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]

@@ -1,5 +1,6 @@
 """The results table, confidence intervals and per-class scores, all from the rows of predictions.csv."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,10 +11,26 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
 
+from models.errors import InputError
 from models.weights import write_atomically
 
+# What the rows of the results are called: images as they are, reduced, enlarged again, and rebuilt by a DarioNet.
+ORIGINAL, SMALL, BASELINE, OURS = "Original", "Small", "Bilinear", "DarioNet"
 RESAMPLES = 2000  # of the bootstrap
 MEANS = ("cross_entropy", "psnr_db", "ssim", "top5", "agreement")
+TEXTS = ("image", "variant", "class", "predicted", "label", "reason", "decision")  # columns; all others are numbers
+PREDICTIONS = ("image", "variant", "class", "predicted", "correct")  # what the figures need of predictions.csv
+CLASSES = ("variant", "class", "label", "n", "f1")  # and of classes.csv
+
+
+def require_finite(logits: torch.Tensor, what: str) -> None:
+    """Called wherever a class is read off the scores: of those that are not finite argmax would make class 0.
+
+    Raises:
+        InputError: not all of the scores on `what`, such as "DarioNet's images", are finite.
+    """
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the scores on {what} are not finite: its weights are damaged")
 
 
 def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int], seed: int) -> list[dict]:
@@ -23,6 +40,8 @@ def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int]
     (Efron and Tibshirani 1993, chapter 13). Where a figure has no value it is None.
     """
     by_variant: dict[str, list[dict]] = {}
+    if not rows:
+        return []
     for row in rows:
         by_variant.setdefault(row["variant"], []).append(row)
     correct = {name: np.array([row["correct"] for row in own], dtype=float) for name, own in by_variant.items()}
@@ -43,7 +62,7 @@ def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int]
                 "recovered_low": recovered_low,
                 "recovered_high": recovered_high,
                 "seconds": seconds[name],
-                "images_per_second": timed[name] / seconds[name],
+                "images_per_second": timed[name] / max(seconds[name], 1e-9),
             }
         )
     return table
@@ -74,16 +93,33 @@ def recovered_fraction(
     name: str, accuracy: dict[str, float], draws: dict[str, np.ndarray]
 ) -> tuple[float | None, float | None, float | None]:
     """(variant - bilinear) / (original - bilinear) with its interval; None where bilinear loses nothing."""
-    if name in ("Original", "Bilinear", "Small") or not {"Original", "Bilinear"} <= accuracy.keys():
+    if name in (ORIGINAL, BASELINE, SMALL) or not {ORIGINAL, BASELINE} <= accuracy.keys():
         return None, None, None
-    lost = accuracy["Original"] - accuracy["Bilinear"]
+    lost = accuracy[ORIGINAL] - accuracy[BASELINE]
     if lost <= 0:
         return None, None, None
-    fraction = (accuracy[name] - accuracy["Bilinear"]) / lost
-    lost_draws = draws["Original"] - draws["Bilinear"]
+    fraction = (accuracy[name] - accuracy[BASELINE]) / lost
+    lost_draws = draws[ORIGINAL] - draws[BASELINE]
     if (lost_draws <= 0).any():  # the ratio has no interval where the loss itself may be nothing
         return fraction, None, None
-    return fraction, *interval((draws[name] - draws["Bilinear"]) / lost_draws)
+    return fraction, *interval((draws[name] - draws[BASELINE]) / lost_draws)
+
+
+def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:
+    """Image -> variant -> 1 where it was read correctly, else 0, in the order of the rows.
+
+    Raises:
+        InputError: an image lacks a variant that others have.
+    """
+    table: dict[str, dict[str, int]] = {}
+    for row in rows:
+        table.setdefault(row["image"], {})[row["variant"]] = row["correct"]
+    variants = {row["variant"]: None for row in rows}
+    for image, found in table.items():
+        if len(found) < len(variants):
+            missing = next(variant for variant in variants if variant not in found)
+            raise InputError(f"the predictions are not complete: no row {missing} of the image {image}")
+    return table
 
 
 def mcnemar(rows: list[dict], first: str, second: str) -> dict:
@@ -91,10 +127,8 @@ def mcnemar(rows: list[dict], first: str, second: str) -> dict:
 
     `p` is the two-sided binomial probability of a split at least as uneven as the one found.
     """
-    right = {(row["image"], row["variant"]): row["correct"] for row in rows}
-    images = {row["image"] for row in rows}
-    only_first = sum(right[i, first] > right[i, second] for i in images)
-    only_second = sum(right[i, first] < right[i, second] for i in images)
+    pairs = [(right[first], right[second]) for right in right_or_wrong(rows).values()]
+    only_first, only_second = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
     n = only_first + only_second
     log_choose = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1))
     tail = [
@@ -113,28 +147,30 @@ def mcnemar_line(test: dict) -> str:
     )
 
 
-def decisions(rows: list[dict]) -> list[dict]:
-    """For every image, whether DarioNet flipped the decision on the bilinear image: the rows of decisions.csv."""
-    right = {(row["image"], row["variant"]): row["correct"] for row in rows}
+def decisions(rows: list[dict], ours: str = OURS) -> list[dict]:
+    """For every image, whether DarioNet flipped the decision on the bilinear image: the rows of decisions.csv.
+
+    `ours` is DarioNet's variant. What a variant that is not there would say is None.
+    """
     names = {(0, 0): "stays wrong", (0, 1): "flipped to right", (1, 0): "flipped to wrong", (1, 1): "stays right"}
+    classes = {row["image"]: row["class"] for row in rows}
     return [
         {
-            "image": row["image"],
-            "class": row["class"],
-            "original": row["correct"],
-            "bilinear": right[row["image"], "Bilinear"],
-            "darionet": right[row["image"], "DarioNet"],
-            "decision": names[right[row["image"], "Bilinear"], right[row["image"], "DarioNet"]],
+            "image": image,
+            "class": classes[image],
+            "original": right.get(ORIGINAL),
+            "bilinear": right.get(BASELINE),
+            "darionet": right.get(ours),
+            "decision": names.get((right.get(BASELINE), right.get(ours))),
         }
-        for row in rows
-        if row["variant"] == "Original"
+        for image, right in right_or_wrong(rows).items()
     ]
 
 
-def worst_cases(rows: list[dict], count: int) -> list[str]:
+def worst_cases(rows: list[dict], count: int, ours: str = OURS) -> list[str]:
     """Images that the classifier knows in the original and misreads most confidently when rebuilt by DarioNet."""
-    known = {row["image"] for row in rows if row["variant"] == "Original" and row["correct"]}
-    wrong = [r for r in rows if r["variant"] == "DarioNet" and not r["correct"] and r["image"] in known]
+    known = {row["image"] for row in rows if row["variant"] == ORIGINAL and row["correct"]}
+    wrong = [r for r in rows if r["variant"] == ours and not r["correct"] and r["image"] in known]
     return [row["image"] for row in sorted(wrong, key=lambda r: -r["probability"])[:count]]
 
 
@@ -156,9 +192,8 @@ def per_class(rows: list[dict], class_names: list[str], labels: list[str]) -> li
             ]
         for i in counts.nonzero()[:, 0].tolist():
             values = dict(zip(("precision", "recall", "f1"), (float(s[i]) for s in scores), strict=True))
-            table.append(
-                {"variant": variant, "class": class_names[i], "label": labels[i], "n": int(counts[i]), **values}
-            )
+            names = {"variant": variant, "index": i, "class": class_names[i], "label": labels[i]}
+            table.append(names | {"n": int(counts[i])} | values)
     return table
 
 
@@ -209,26 +244,58 @@ def markdown_table(variants: list[dict]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
 
 
-def read_csv(path: Path) -> list[dict]:
-    """What `write_csv` wrote: numbers as numbers, empty fields as None."""
+def read_csv(path: Path, needed: tuple[str, ...] = ()) -> list[dict]:
+    """What `write_csv` wrote, also where a spreadsheet saved it again: numbers as numbers, empty fields as None.
 
-    def value(text: str) -> float | int | str | None:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                continue
-        return text or None
+    Raises:
+        InputError: one of the columns `needed` is not there or has an empty field; a row is damaged or cut short.
+    """
+    contents = path.read_bytes()
+    try:
+        text = contents.decode("utf-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not in UTF-8: save it as CSV UTF-8, or evaluate again") from None
+    head = text.partition("\n")[0]
+    separator = max(",;\t", key=head.count)  # a spreadsheet's depends on its language
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    rows: list[dict] = []
+    columns: list[str] = []
 
-    with path.open(encoding="utf-8", newline="") as file:
-        texts = ("image", "variant", "class", "predicted", "label")
-        return [{k: v if k in texts else value(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    def value(column: str, field: str) -> float | int | str | None:
+        if not field and column in needed:
+            raise ValueError(f"no {column}")
+        if column in TEXTS or not field:
+            return field or None
+        number = field.replace(",", ".") if separator != "," else field
+        with contextlib.suppress(ValueError):
+            return int(number)
+        with contextlib.suppress(ValueError):
+            if math.isfinite(float(number)):
+                return float(number)
+        raise ValueError(f"{column} is {field[:40]!r}, no number")
+
+    try:
+        for fields in reader:
+            if not columns:
+                columns = fields
+                for column in needed:
+                    if column not in columns:
+                        raise ValueError(f"no column {column}")
+            elif any(fields):  # spreadsheets add empty rows
+                if len(fields) != len(columns):
+                    raise ValueError(f"{len(fields)} fields, not {len(columns)}")
+                rows.append({column: value(column, field) for column, field in zip(columns, fields, strict=True)})
+    except (ValueError, csv.Error) as error:
+        raise InputError(f"{path}, line {max(1, reader.line_num)}: {error}; mend it, or evaluate again") from None
+    if needed and not rows:
+        raise InputError(f"{path}: no rows: evaluate again")
+    return rows
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Rows of equal keys as a CSV file with a header, written atomically; None is an empty field."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0].keys())
+    writer = csv.DictWriter(text, rows[0].keys() if rows else ())
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))

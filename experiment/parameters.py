@@ -7,13 +7,16 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, TextIO
+from types import NoneType, UnionType
+from typing import Annotated, Literal, TextIO, Union, get_args, get_origin
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,11 +29,24 @@ from pydantic import (
 
 from models.errors import InputError, OneProcessError
 
+
+def expanded(text: str) -> str:
+    """`text` with a home folder for the ~ or ~user that it begins with.
+
+    Raises:
+        ValueError: there is no such home.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{shown(path)}: no such home folder; write ./{shown(path)} if that is the name")
+    return path
+
+
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")]
+Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$"), AfterValidator(expanded)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 LONGEST_LINE = 2000  # characters of a message
 Precision = Literal["auto", "bf16", "fp16", "float32"]
@@ -162,25 +178,26 @@ class Parameters(Section):
 
     @model_validator(mode="after")
     def nothing_is_overwritten(self) -> "Parameters":
-        written = os.path.normpath(self.darionet.weights)
+        written = os.path.realpath(self.darionet.weights)  # a link is written through
         others = {"darionet.initial_weights": self.darionet.initial_weights}
         others |= {f"classifier.weights ({c.architecture})": c.weights for c in self.classifier}
         for key, path in others.items():
-            if path is not None and os.path.normpath(path) == written:
+            if path is not None and os.path.realpath(path) == written:
                 raise ValueError(f"darionet.weights names the same file as {key}, which training would overwrite")
         return self
 
 
 def read_parameters(path: str | Path, settings: list[str] = ()) -> Parameters:
-    """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top (values as JSON, else text).
+    """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top.
+
+    Values of `settings` are JSON, else text; where the key takes text they are the text as it stands.
 
     Raises:
         InputError: one line with the file, the key, what was found and what is allowed.
     """
     try:
-        values = json.loads(
-            Path(path).read_text(encoding="utf-8"), object_pairs_hook=without_repetition, parse_constant=refuse_constant
-        )
+        contents = Path(path).read_bytes()  # json finds out which UTF it is, with or without a byte order mark
+        values = json.loads(contents, object_pairs_hook=without_repetition, parse_constant=refuse_constant)
     except OSError as error:
         raise InputError(f"{path}: the parameters can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
@@ -217,11 +234,29 @@ def override(values: dict, setting: str) -> None:
     except (ValueError, RecursionError):
         value = text
     *sections, last = key.split(".")
+    wanted = kind_of(key)
+    if takes(wanted, str) and not isinstance(value, str) and not (value is None and takes(wanted, NoneType)):
+        value = text  # a folder may be called 2012
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise InputError(f"--set {shown(setting)}: {shown(section)} holds no keys of its own")
     values[last] = value
+
+
+def kind_of(key: str) -> object:
+    """The type of the parameter "section.key"; None where there is none."""
+    kind = Parameters
+    for name in key.split("."):
+        field = getattr(kind, "model_fields", {}).get(name)
+        kind = field and field.annotation
+    return kind
+
+
+def takes(kind: object, other: type) -> bool:
+    """Whether `kind` is the type `other`, or a choice of types that has it."""
+    choices = get_args(kind) if get_origin(kind) in (Union, UnionType, Annotated) else ()
+    return kind is other or any(takes(one, other) for one in choices)
 
 
 def first_line(error: ValidationError) -> str:
@@ -253,7 +288,12 @@ def shown(text: str, longest: int = 60) -> str:
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line; `--help` has the rest."""
+    """Says what is wrong with a command line in one line; `--help` has the rest. A home folder's ~ is expanded."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        given = sys.argv[1:] if args is None else args
+        options = [re.fullmatch(r"(--[\w-]+=)?(.*)", one, re.DOTALL).groups("") for one in given]
+        return super().parse_known_args([name + os.path.expanduser(value) for name, value in options], namespace)
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the options)")
@@ -278,51 +318,86 @@ def remedy(error: Exception) -> str | None:
     return None
 
 
+TASKS = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")  # of mpirun
+
+
+def refuse_tasks_without_torchrun() -> None:
+    """Raises InputError where srun or mpirun started several tasks that know nothing of each other.
+
+    Each would train alone, and the last one's weights would win. Shells and batch scripts are no tasks, even where the
+    job that they stand in has room for several.
+    """
+    e = os.environ
+    in_step = "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or e.get("ENVIRONMENT") != "BATCH")
+    counts = [e.get("SLURM_STEP_NUM_TASKS", e.get("SLURM_NTASKS")) if in_step else None, *map(e.get, TASKS)]
+    tasks = max(int(count) if (count or "").isdecimal() else 1 for count in counts)
+    if tasks > 1 and e.get("WORLD_SIZE", "1") == e.get("LOCAL_WORLD_SIZE", "1"):  # torchrun on each by itself: the same
+        raise InputError(
+            f"{tasks} tasks were started, and each would work alone: start one (srun -n 1), with torchrun "
+            f"--nproc_per_node={tasks} {Path(sys.argv[0]).name}; README.md has the command for several machines"
+        )
+
+
 class Unbroken:
     """A text stream that goes on in silence where nobody reads any more: `| head`, or a tee that Ctrl-C ended.
 
-    A run's results do not depend on its audience.
+    A run's results do not depend on its audience. `stream` is any that a shell or a notebook gives, or None.
     """
 
-    def __init__(self, stream: TextIO):
-        self.stream = stream
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+        with contextlib.suppress(AttributeError, ValueError):  # a notebook's has no lines
+            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a file name may hold any bytes
 
     def write(self, text: str) -> int:
-        with self.quietly():
-            return self.stream.write(text)
+        self.attempt("write", text)
         return len(text)
 
     def flush(self) -> None:
-        with self.quietly():
-            self.stream.flush()
+        self.attempt("flush")
 
-    @contextlib.contextmanager
-    def quietly(self) -> Iterator[None]:
+    def attempt(self, action: str, *text: str) -> None:
         try:
-            yield
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            getattr(self.stream, action)(*text)
+        except UnicodeEncodeError:
+            getattr(self.stream, action)(*(one.encode("ascii", "backslashreplace").decode() for one in text))
+        except (OSError, ValueError):  # its reader or terminal is gone, its disk is full, it was closed
+            silent = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # what is left in its buffer goes there too
+                os.dup2(silent.fileno(), self.stream.fileno())
+            self.stream = silent
 
     def __getattr__(self, name: str):
         return getattr(self.stream, name)
 
 
+def hold_closed_descriptors() -> None:
+    """Opens the null device in place of standard streams that are closed: else the next file gets their number.
+
+    A message to standard error would then be written into a checkpoint.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+
+
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: 0, its own code, 2 for what the user can mend, 1 for a disk that fails, 130 for Ctrl-C."""
     script = Path(sys.argv[0]).name
+    streams = sys.stdout, sys.stderr  # a notebook goes on after this script
+    hold_closed_descriptors()
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if os.environ.get("RANK", "0") != "0":  # of torchrun's processes one prints
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # and one a machine complains
-            sys.stderr = sys.stdout
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a file name may hold any bytes
-    sys.stdout, sys.stderr = Unbroken(sys.stdout), Unbroken(sys.stderr)
+    every_error = Unbroken(sys.stderr)
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one prints
+    sys.stdout = Unbroken(sys.stdout if first else None)
+    sys.stderr = every_error if first or os.environ.get("LOCAL_RANK", "0") == "0" else sys.stdout  # one a machine
     try:
         code = main() or 0
     except InputError as error:
-        stream = sys.__stderr__ if isinstance(error, OneProcessError) else sys.stderr
+        stream = every_error if isinstance(error, OneProcessError) else sys.stderr
         print(f"{script}: {shown(str(error), LONGEST_LINE)}", file=stream)
         code = 2
     except KeyboardInterrupt:
@@ -333,10 +408,12 @@ def run_script(main: Callable[[], int | None]) -> None:
         print(f"{script}: {shown(line, LONGEST_LINE)}", file=sys.stderr)
         code = 1
     except Exception as error:
-        sys.stderr = sys.__stderr__  # a fault of this process is shown, whichever it is
         line = remedy(error)
         if line is None:
             raise
-        print(f"{script}: {line}", file=sys.stderr)
+        print(f"{script}: {line}", file=every_error)  # a fault of this process is shown, whichever it is
         code = 2
+    finally:
+        sys.stdout.flush()
+        sys.stdout, sys.stderr = streams
     sys.exit(code)

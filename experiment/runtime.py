@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from experiment.parameters import refuse_tasks_without_torchrun
 from models.errors import InputError, OneProcessError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -110,8 +111,9 @@ def start_runtime(precision: str) -> Runtime:
     Under torchrun it joins the other processes, each on the GPU of its local rank.
 
     Raises:
-        InputError: fp16 without a GPU; more processes than GPUs.
+        InputError: fp16 without a GPU; more processes than GPUs; several tasks that srun started, without torchrun.
     """
+    refuse_tasks_without_torchrun()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
         keep_freed_memory()

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import math
 
@@ -7,7 +8,9 @@ import torch
 
 from experiment.evaluation import score
 from experiment.metrics import (
+    CLASSES,
     HEADINGS,
+    PREDICTIONS,
     decisions,
     markdown_table,
     mcnemar,
@@ -15,11 +18,13 @@ from experiment.metrics import (
     per_class,
     read_csv,
     recovered_fraction,
+    require_finite,
     summarise,
     worst_cases,
     write_csv,
     write_json,
 )
+from models.errors import InputError
 
 
 def rows_of(variant: str, correct: list[int], **extra) -> list[dict]:
@@ -93,6 +98,73 @@ def test_scores_of_one_batch():
     same = score(logits, torch.tensor([1, 2]), original, images, images)[0]
     assert same["psnr_db"] is None and same["ssim"] is None
     assert score(logits, torch.tensor([1, 2]), original, images, images[..., :9, :9])[0]["psnr_db"] is None
+
+
+def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
+    """Wang et al. 2004, section III B, in float64, window by window: every 11 x 11 window that lies within the image.
+
+    (3,H,W) in [0,1]; a circular Gaussian of 1.5 pixels; the mean over windows and channels.
+    """
+    weights = np.exp(-((np.arange(11) - 5.0) ** 2) / (2 * 1.5**2))
+    weights = np.outer(weights, weights) / weights.sum() ** 2
+    found = []
+    for x, y in zip(a.astype(float), b.astype(float), strict=True):
+        for i in range(x.shape[0] - 10):
+            for j in range(x.shape[1] - 10):
+                p, q = x[i : i + 11, j : j + 11], y[i : i + 11, j : j + 11]
+                mp, mq = (weights * p).sum(), (weights * q).sum()
+                vp, vq = (weights * (p - mp) ** 2).sum(), (weights * (q - mq) ** 2).sum()
+                covariance = (weights * (p - mp) * (q - mq)).sum()
+                luminance = (2 * mp * mq + 0.01**2) / (mp**2 + mq**2 + 0.01**2)
+                found.append(luminance * (2 * covariance + 0.03**2) / (vp + vq + 0.03**2))
+    return float(np.mean(found))
+
+
+@pytest.mark.parametrize(("height", "width"), [(11, 11), (11, 30), (24, 17), (32, 32)])
+def test_ssim_is_that_of_the_field(height, width):
+    """Borders are neither reflected nor averaged in, at any size and in any batch."""
+    generator = torch.Generator().manual_seed(height)
+    images = torch.rand(3, 3, height, width, generator=generator)
+    rebuilt = (images + 0.3 * torch.rand(images.shape, generator=generator) * torch.linspace(0, 1, width)).clamp(0, 1)
+    logits = torch.zeros(3, 2)
+    found = [row["ssim"] for row in score(logits, torch.zeros(3, dtype=torch.int64), logits, images, rebuilt)]
+    expected = [structural_similarity(a, b) for a, b in zip(images.numpy(), rebuilt.numpy(), strict=True)]
+    assert found == pytest.approx(expected, abs=2e-6)
+    with contextlib.suppress(ImportError):
+        from skimage.metrics import structural_similarity as reference
+
+        options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False, "data_range": 1.0}
+        a, b = images[0].double().numpy(), rebuilt[0].double().numpy()
+        assert found[0] == pytest.approx(reference(a, b, channel_axis=0, **options), abs=2e-6)
+
+
+def test_ssim_counts_a_corner_once():
+    """A fault in a corner lies in one window of a 12 x 12 image's four."""
+    images = torch.full((1, 3, 12, 12), 0.5)
+    rebuilt = images.clone()
+    rebuilt[..., 0, 0] = 1.0
+    logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    found = score(logits, target, logits, images, rebuilt)[0]["ssim"]
+    assert found == pytest.approx(structural_similarity(images[0].numpy(), rebuilt[0].numpy()), abs=2e-5)
+    assert found > 0.9998  # with reflected borders it is in most windows
+
+
+@pytest.mark.parametrize(("height", "width"), [(10, 10), (10, 64), (64, 10), (1, 1)])
+def test_no_ssim_where_no_window_fits(height, width):
+    images = torch.rand(1, 3, height, width)
+    logits, target = torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
+    row = score(logits, target, logits, images, images / 2)[0]
+    assert row["ssim"] is None and row["psnr_db"] > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [(0, 0), (3, 9)])
+def test_scores_that_are_not_finite(value, place):
+    logits = torch.zeros(4, 10)
+    require_finite(logits, "DarioNet's images")
+    logits[place] = value
+    with pytest.raises(InputError, match="^the scores on DarioNet's images are not finite: its weights are damaged$"):
+        require_finite(logits, "DarioNet's images")
 
 
 def test_top5_counts_five():
@@ -175,3 +247,129 @@ def test_csv_round_trip(tmp_path):
     rows = [{"image": "7.png", "class": "12", "correct": 1, "psnr_db": 20.5, "ssim": None}]
     write_csv(tmp_path / "r.csv", rows)
     assert read_csv(tmp_path / "r.csv") == rows
+
+
+def predictions(path):
+    rows = rows_of("Original", [1, 0, 1], probability=0.25) + rows_of("DarioNet", [1, 1, 0], probability=0.75)
+    write_csv(path, rows)
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("separator", "encoding"),
+    [(",", "utf-8-sig"), (";", "utf-8"), (";", "utf-8-sig"), ("\t", "utf-16"), (",", "utf-8")],
+)
+@pytest.mark.parametrize("end", ["\r\n", "\n"])
+def test_csv_that_a_spreadsheet_saved_again(tmp_path, separator, encoding, end):
+    """A byte order mark, its language's separator and decimal comma, empty rows, no last line end."""
+    rows = predictions(tmp_path / "p.csv")
+    text = (tmp_path / "p.csv").read_bytes().decode().replace("\r\n", end)
+    if separator != ",":
+        text = text.replace(",", separator).replace("0.", "0,")
+    text += separator * 10 + end + end
+    for contents in (text, text.rstrip(separator + end)):
+        (tmp_path / "p.csv").write_bytes(contents.encode(encoding))
+        assert read_csv(tmp_path / "p.csv", PREDICTIONS) == rows
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("2,DarioNet,a", ["line 7", "3 fields, not 11"]),
+        ("2,DarioNet,a,a,one,1.0,20.0,0.5,1,1,0.75", ["line 7", "correct is 'one', no number"]),
+        ("2,DarioNet,a,a,,1.0,20.0,0.5,1,1,0.75", ["line 7", "no correct"]),
+        ("2,,a,a,1,1.0,20.0,0.5,1,1,0.75", ["line 7", "no variant"]),
+        ("2,DarioNet,a,a,1,1.0,nan,0.5,1,1,0.75", ["line 7", "psnr_db is 'nan'"]),
+        ("2,DarioNet,a,a,1,1.0,20.0,0.5,1,1,0.75,6", ["line 7", "12 fields, not 11"]),
+        ('"2,DarioNet,a,a,1,1.0', ["line 7", "1 fields, not 11"]),
+    ],
+)
+def test_a_damaged_row_is_named(tmp_path, line, parts):
+    predictions(tmp_path / "p.csv")
+    lines = (tmp_path / "p.csv").read_text().splitlines()
+    (tmp_path / "p.csv").write_text("\n".join([*lines[:-1], line]))
+    with pytest.raises(InputError) as error:
+        read_csv(tmp_path / "p.csv", PREDICTIONS)
+    for part in [str(tmp_path / "p.csv"), *parts]:
+        assert part in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("contents", "part"),
+    [
+        (b"", "no rows"),
+        (b"image,variant,class,correct\r\n", "line 1: no column predicted"),
+        (b"image,variant,class,predicted,correct\r\n", "no rows"),
+        (b"image,variant,class,predicted,correct\n\xe9.png,Original,a,a,1\n", "not in UTF-8"),
+        (b"\x00\x01\x02", "no column image"),
+    ],
+)
+def test_files_that_are_no_predictions(tmp_path, contents, part):
+    (tmp_path / "p.csv").write_bytes(contents)
+    with pytest.raises(InputError, match=part):
+        read_csv(tmp_path / "p.csv", PREDICTIONS)
+
+
+def test_any_cut_of_the_predictions(tmp_path):
+    """Wherever the file ends: the same rows, fewer whole rows that are then missed, or one line."""
+    rows = predictions(tmp_path / "p.csv")
+    contents = (tmp_path / "p.csv").read_bytes()
+    outcomes = set()
+    for length in range(len(contents)):
+        (tmp_path / "p.csv").write_bytes(contents[:length])
+        try:
+            found = read_csv(tmp_path / "p.csv", PREDICTIONS)
+            decisions(found)
+            outcomes.add(len(found))
+            assert [r["correct"] for r in found] == [r["correct"] for r in rows[: len(found)]]
+        except InputError as error:
+            assert "\n" not in str(error)
+    assert outcomes == {1, 2, 3, 6}  # of one variant alone, and all
+
+
+def test_incomplete_predictions_are_named():
+    rows = rows_of("Original", [1, 0]) + rows_of("Bilinear", [1])
+    with pytest.raises(InputError, match="no row Bilinear of the image 1"):
+        decisions(rows)
+
+
+def test_two_darionets_in_one_table():
+    found = table(Original=[1] * 4, Bilinear=[0] * 4, A=[1, 0, 0, 0], B=[1, 1, 1, 0])
+    assert (found["A"]["recovered"], found["B"]["recovered"]) == (0.25, 0.75)
+    rows = rows_of("Original", [1, 1]) + rows_of("Bilinear", [0, 1])
+    rows += rows_of("A", [1, 0], probability=0.9) + rows_of("B", [0, 1], probability=0.9)
+    assert [row["decision"] for row in decisions(rows, "A")] == ["flipped to right", "flipped to wrong"]
+    assert [row["decision"] for row in decisions(rows, "B")] == ["stays wrong", "stays right"]
+    assert (worst_cases(rows, 5, "A"), worst_cases(rows, 5, "B"), worst_cases(rows, 5)) == (["1"], ["0"], [])
+
+
+@pytest.mark.parametrize("left_out", ["Original", "Bilinear", "DarioNet"])
+def test_decisions_where_a_variant_is_missing(left_out):
+    rows = [r for v in ("Original", "Bilinear", "DarioNet") if v != left_out for r in rows_of(v, [1, 0], probability=1)]
+    found = decisions(rows)
+    assert [row[left_out.lower()] for row in found] == [None, None]
+    assert [row["decision"] for row in found] == (
+        [None] * 2 if left_out != "Original" else ["stays right", "stays wrong"]
+    )
+    assert worst_cases(rows, 3) == []
+
+
+@pytest.mark.parametrize("correct", [[1], [0], [1, 1, 1], [0, 0, 0]])
+def test_one_image_all_right_and_all_wrong(tmp_path, correct):
+    found = table(Original=correct, Bilinear=correct, DarioNet=correct)
+    write_json(tmp_path / "r.json", list(found.values()))  # no NaN
+    assert found["DarioNet"]["accuracy"] == correct[0] and found["DarioNet"]["recovered"] is None
+    assert mcnemar(pair(0, 0, len(correct)), "DarioNet", "Bilinear")["p"] == 1
+
+
+def test_nothing_at_all(tmp_path):
+    assert summarise([], {}, {}, 0) == [] and decisions([]) == [] and per_class([], ["a"], ["a"]) == []
+    write_csv(tmp_path / "r.csv", [])
+    assert read_csv(tmp_path / "r.csv") == []
+    assert markdown_table([]).count("|") > 0
+
+
+def test_one_class():
+    rows = [{"variant": "Original", "class": "a", "predicted": "a"}] * 3
+    found = per_class(rows, ["a"], ["ant"])
+    assert [(row["n"], row["f1"]) for row in found] == [(3, 1)] and set(CLASSES) <= found[0].keys()

@@ -1,10 +1,21 @@
+import io
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, one_line
 
-from experiment.parameters import Parameters, Unbroken, read_parameters, remedy
+from experiment.parameters import (
+    Parameters,
+    Unbroken,
+    read_parameters,
+    refuse_tasks_without_torchrun,
+    remedy,
+    run_script,
+    script_parser,
+)
 from models.errors import InputError
 
 
@@ -38,6 +49,70 @@ def test_settings_are_json_else_text(tmp_path):
     p = read_parameters(tmp_path / "p.json", [*settings, "darionet.initial_weights=null"])
     assert (p.training.epochs, p.data.train, p.training.loss.pixels) == (3, "my photographs", 0.5)
     assert p.training.shuffle is False and p.darionet.initial_weights is None
+
+
+@pytest.mark.parametrize(
+    "text", ["2012", "1e5", "true", "null", '{"a": 1}', "[1]", "-0", "9" * 500, "NaN", "two words"]
+)
+@pytest.mark.parametrize("key", ["data.test", "classifier.weights", "darionet.weights"])
+def test_text_that_looks_like_json_stays_text(tmp_path, key, text):
+    """Also "null", where nothing is no choice."""
+    (tmp_path / "p.json").write_text("{}")
+    section, name = key.split(".")
+    assert getattr(getattr(read_parameters(tmp_path / "p.json", [f"{key}={text}"]), section), name) == text
+
+
+def test_text_or_nothing(tmp_path):
+    (tmp_path / "p.json").write_text("{}")
+    for text, value in (("null", None), ("7", "7"), ('"null"', "null"), ('"7"', "7")):
+        assert (
+            read_parameters(tmp_path / "p.json", [f"darionet.initial_weights={text}"]).darionet.initial_weights == value
+        )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_encodings_that_editors_write(tmp_path, encoding):
+    (tmp_path / "p.json").write_text('{"data": {"train": "café"}}', encoding=encoding)
+    assert read_parameters(tmp_path / "p.json").data.train == "café"
+
+
+PLACES = ("data.train_original", "data.train", "data.val_original", "data.val", "data.test")
+PLACES += ("classifier.weights", "classifier.architecture", "darionet.initial_weights", "darionet.weights")
+
+
+@pytest.mark.parametrize("key", PLACES)
+def test_home_folders(tmp_path, monkeypatch, key):
+    """In the file and in --set; what a run saves has the whole path."""
+    monkeypatch.setenv("HOME", "/home/me")
+    section, name = key.split(".")
+    (tmp_path / "p.json").write_text(json.dumps({section: {name: "~/a b.pt"}}))
+    assert read_parameters(tmp_path / "p.json").model_dump()[section][name] == "/home/me/a b.pt"
+    for text, path in (("~/b", "/home/me/b"), ("~", "/home/me"), ("a~/b", "a~/b"), ("./~x", "./~x")):
+        assert read_parameters(tmp_path / "p.json", [f"{key}={text}"]).model_dump()[section][name] == path
+    with pytest.raises(InputError, match=rf"{key}: ~nobodyatall/x: no such home folder"):
+        read_parameters(tmp_path / "p.json", [f"{key}=~nobodyatall/x"])
+
+
+def test_home_folders_on_the_command_line(monkeypatch):
+    """A shell leaves the one in --parameters=~/p.json to the program."""
+    monkeypatch.setenv("HOME", "/home/me")
+    parser = script_parser("")
+    parser.add_argument("image")
+    for line in (["--parameters=~/p.json", "~/i.png"], ["--parameters", "~/p.json", "~/i.png"]):
+        arguments = parser.parse_args([*line, "--set=data.val=~/x"])
+        assert (arguments.parameters, arguments.image) == ("/home/me/p.json", "/home/me/i.png")
+        assert arguments.set == ["data.val=~/x"]  # Parameters expands it
+
+
+def test_one_file_under_two_names(tmp_path, monkeypatch):
+    """Weights are written through a link: not over what the run starts from."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.json").write_text("{}")
+    (tmp_path / "link.pt").symlink_to("ESRGAN.pt")
+    for name in ("./ESRGAN.pt", "link.pt", "~/ESRGAN.pt", f"{tmp_path}/ESRGAN.pt"):
+        with pytest.raises(InputError, match="names the same file as darionet.initial_weights"):
+            read_parameters("p.json", [f"darionet.weights={name}", "darionet.initial_weights=ESRGAN.pt"])
 
 
 @pytest.mark.parametrize(
@@ -111,6 +186,126 @@ def test_output_that_nobody_reads_any_more():
     for _ in range(2):
         stream.write("unheard\n")
         stream.flush()
+
+
+class Bare:
+    """A stream with write and flush alone; `error` is what they meet."""
+
+    def __init__(self, error=None):
+        self.error, self.text = error, ""
+
+    def write(self, text):
+        if self.error:
+            raise self.error
+        self.text += text
+
+    def flush(self):
+        if self.error:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [BrokenPipeError(32, "gone"), OSError(5, "no terminal"), OSError(28, "disk full"), ValueError("closed file")],
+    ids=lambda e: str(e),
+)
+def test_streams_that_fail(error):
+    stream = Unbroken(Bare(error))
+    for _ in range(2):
+        assert stream.write("unheard\n") == 8
+        stream.flush()
+
+
+def test_streams_that_are_no_files(monkeypatch):
+    """None, a notebook's, text in memory; afterwards they are in place again, as %run needs them."""
+    for stream in (None, Bare(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        for code in (0, 7):
+            with pytest.raises(SystemExit) as stop:
+                run_script(lambda code=code: print("caf\u00e9 a\udcff") or code)
+            assert stop.value.code == code and sys.stdout is stream and sys.stderr is stream
+        if isinstance(stream, Bare):
+            assert stream.text == "caf\u00e9 a\udcff\n" * 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full >/dev/full"])
+def test_standard_streams_that_are_closed(tmp_path, closed):
+    """The run goes on, and no message lands in the file that is opened next."""
+    script = """
+import os, sys
+from experiment.parameters import run_script
+def main():
+    with open("result", "wb") as file:
+        print("to standard output"); print("to standard error", file=sys.stderr)
+        os.write(2, b"from a signal handler") if sys.argv[1] != "2>/dev/full >/dev/full" else None
+        file.write(b"result")
+    return 3
+run_script(main)
+"""
+    command = f'"{sys.executable}" -c "$SCRIPT" "$CLOSED" {closed}'
+    environment = os.environ | {"SCRIPT": script, "CLOSED": closed, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment).returncode == 3
+    assert (tmp_path / "result").read_bytes() == b"result"
+
+
+def test_a_notebook_runs_a_script(tmp_path, monkeypatch):
+    """%run, where standard output is the kernel's own stream, and goes on."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "parameters.json").write_text("{}")
+    cells = [f"%run {ROOT / 'img_sampler_train.py'}", f"%run {ROOT / 'img_sampler_val.py'} --help", "print('goes on')"]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute(cwd=str(tmp_path))
+    said = ["".join(o.get("text", o.get("evalue", "")) for o in cell.outputs) for cell in notebook.cells]
+    assert "ImageNet2012/train_original" in said[0] and "--overwrite" in said[1] and said[2] == "goes on\n", said
+
+
+STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
+JOB_VARIABLES = [*STEP, "SLURM_STEP_NUM_TASKS", "ENVIRONMENT", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "tasks"),
+    [
+        (STEP, 4),  # srun -n 4
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 4),
+        (STEP | {"ENVIRONMENT": "BATCH", "SLURM_STEP_NUM_TASKS": "2"}, 2),  # srun -n 2 in a batch script
+        (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 4),  # a torchrun for each, and none knows the others
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
+        ({"PMI_SIZE": "3"}, 3),
+        ({"FLUX_JOB_SIZE": "16"}, 16),
+        ({}, None),
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
+        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell of srun --pty, or of salloc's interactive step
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "ENVIRONMENT": "BATCH"}, None),  # the batch script itself
+        (STEP | {"SLURM_NTASKS": "1"}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, None),
+        (STEP | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, None),  # torchrun over four machines
+        (STEP | {"WORLD_SIZE": "4"}, None),  # the variables of torchrun, set by hand
+    ],
+)
+def test_tasks_without_torchrun(monkeypatch, variables, tasks):
+    for name in JOB_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["somewhere/train_darionet.py"])
+    if tasks is None:
+        refuse_tasks_without_torchrun()
+    else:
+        with pytest.raises(InputError, match=rf"^{tasks} tasks .* torchrun --nproc_per_node={tasks} train_darionet.py"):
+            refuse_tasks_without_torchrun()
+
+
+@pytest.mark.parametrize("script", ["train_darionet", "test", "try_darionet"])
+def test_every_script_refuses_tasks(start, experiment, monkeypatch, script):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    image = ["test/discs/0.png"] if script == "try_darionet" else []
+    one_line(start(script, *image), "torchrun --nproc_per_node=4")
+    assert not os.path.exists("assets")
 
 
 @pytest.mark.parametrize(
