@@ -245,8 +245,8 @@ def validate(
 ) -> dict[str, float | int | None] | None:
     """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None where a signal asked to stop.
 
-    `loss` is as for `step`, and gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun the loader has this
-    process's part; the scores are those of all.
+    `loss` is as for `step`, and gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun
+    the loader has this process's part; the scores are those of all.
 
     Raises:
         InputError: none of the images could be read, or scores that are not finite.

@@ -237,7 +237,7 @@ class Lines:
 
 
 def progress_bar(total: int, description: str, verbose: bool = True, *, unit: str = "step", **options) -> tqdm:
-    """A progress bar on a terminal; elsewhere a line a minute. It shows how far the work is, its speed and what is left."""
+    """A progress bar on a terminal, elsewhere a line a minute: how far the work is, and the time that is left."""
     disable = not verbose or os.environ.get("RANK", "0") != "0"
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
