@@ -206,8 +206,9 @@ def write_results(
 
 def caption(results: dict) -> str:
     """What was measured, in one line."""
+    early = ", stopped early" if results.get("stopped_early") else ""
     return (
-        f"{results['variants'][0]['n']} test images{', stopped early' if results.get('stopped_early') else ''}, reduced "
+        f"{results['variants'][0]['n']} test images{early}, reduced "
         f"{Reduction(results['scale'], results['interpolation'], results['antialias'])}, "
         f"{results['classifier']['architecture']}"
     )

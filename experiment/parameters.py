@@ -248,6 +248,7 @@ def kind_of(key: str) -> object:
     """The type of the parameter "section.key"; None where there is none."""
     kind = Parameters
     for name in key.split("."):
+        kind = get_args(kind)[0] if get_origin(kind) is list else kind  # of the classifiers, one is set
         field = getattr(kind, "model_fields", {}).get(name)
         kind = field and field.annotation
     return kind

@@ -137,7 +137,7 @@ class FrozenClassifier(nn.Module):
 
     @torch.no_grad()
     def require(self, side: int, key: str) -> None:
-        """Checks that it reads images of `side` x `side` pixels, the value of the parameter `key`, as a classifier has to.
+        """Checks that it reads images of `side` x `side` pixels, the value of the parameter `key`, as a classifier must.
 
         Finds the layers of the maps, too, where none were named.
 
@@ -233,8 +233,8 @@ def checked_normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[
         raise InputError(f"mean and std have to be three numbers each, std over 0; found {(mean, std)}"[:300])
     if pair[0].abs().max() > 2 or pair[1].max() > 2:
         raise InputError(
-            f"mean {list(mean)} and std {list(std)} are for pixels from 0 to 255; here images are in [0,1]: divide both "
-            "by 255"
+            f"mean {list(mean)} and std {list(std)} are for pixels from 0 to 255; here images are in [0,1]: divide "
+            "both by 255"
         )
     return pair
 
@@ -257,7 +257,7 @@ def head_of(network: nn.Module) -> tuple[str, nn.Module]:
 
 @torch.no_grad()
 def layers_of_maps(classifier: FrozenClassifier, images: Tensor) -> list[str]:
-    """For each of MAP_STRIDES the layer that gives the map from which the next stage starts; fewer where there are fewer.
+    """For each of MAP_STRIDES the layer that gives the map with which the next stage starts, where there is one.
 
     A transformer keeps one size: the blocks at the quarters of its depth stand in for the strides.
     """
@@ -398,8 +398,9 @@ def from_timm(architecture: str, weights: str | None) -> tuple[nn.Module, dict]:
         try:
             network = timm.create_model(name, pretrained=True)
         except Exception as error:  # of as many kinds as there are ways to be without a network
+            reason = (str(error).splitlines() or ["no network"])[0]
             raise InputError(
-                f"the weights of {architecture} can't be downloaded ({(str(error).splitlines() or ['no network'])[0]}): "
+                f"the weights of {architecture} can't be downloaded ({reason}): "
                 "get them where there is a network, and name the file in classifier.weights"
             ) from None
     else:
@@ -473,8 +474,8 @@ def published_weights(architecture: str) -> dict:
     """
     if architecture not in list_models(module=torchvision.models):
         raise InputError(
-            f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named timm/NAME "
-            "or FILE.py:FUNCTION"
+            f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named "
+            "timm/NAME or FILE.py:FUNCTION"
         )
     return {entry.name: entry for entry in get_model_weights(architecture)}
 

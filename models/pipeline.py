@@ -11,7 +11,7 @@ Size = tuple[int, int]  # height and width, pixels
 
 
 def unchanged(images: Tensor, size: Size | None = None) -> Tensor:
-    """The images as they come: a `reduce` for what is small already, a `restore` for what the classifier reads as is."""
+    """The images as they come: a `reduce` for what is small already, a `restore` for what is read as it is."""
     return images
 
 

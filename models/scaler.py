@@ -92,7 +92,7 @@ class Reduction:
 
 @dataclass(frozen=True)
 class Jpeg:
-    """A reduction whose small images were stored as JPEG files of `quality` (1 to 95), with 4:2:0 chroma as cameras do."""
+    """A reduction whose small images were stored as JPEG files of `quality` (1 to 95), 4:2:0 chroma as in cameras."""
 
     reduction: Callable[[Tensor], Tensor]
     quality: int
