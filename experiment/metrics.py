@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
 
-from models.weights import write_atomically
+from models.files import write_text
 
 RESAMPLES = 2000  # of the bootstrap
 MEANS = ("cross_entropy", "psnr_db", "ssim", "top5", "agreement")
@@ -231,10 +231,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0].keys())
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, values: object) -> None:
     """Values as JSON, written atomically. NaN and infinity, which JSON lacks, raise ValueError."""
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
