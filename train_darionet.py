@@ -30,10 +30,13 @@ from tqdm import tqdm
 
 from experiment import plots
 from experiment.checkpoint import (
+    forget_job,
+    job_id,
     latest_run,
     load_checkpoint,
     refuse_changes,
     remember_job,
+    run_folder_of,
     run_of_job,
     save_checkpoint,
     to_cpu,
@@ -54,16 +57,16 @@ from experiment.runtime import (
     Stopper,
     choose_runtime,
     compiled,
-    launcher,
     make_deterministic,
     new_run_folder,
     out_of_memory,
 )
 from models.classifier import FrozenClassifier
-from models.darionet import build_darionet, note_of
+from models.darionet import build_darionet, write_note
 from models.errors import InputError
+from models.files import check_writable, remove_partials
 from models.pipeline import Pipeline
-from models.weights import check_writable, save_file
+from models.weights import save_file
 
 SAMPLES = 6  # validation images in the strip of every epoch
 ESTIMATE_AFTER = 10  # seconds of training
@@ -81,9 +84,11 @@ def main() -> int:
     arguments = parser.parse_args()
     folder, state = None, None
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # by torchrun, after a process was lost
-        folder = run_of_job(Path("assets/logs"), choose_runtime("auto").gather(launcher()))
+        folder = run_of_job(Path("assets/logs"), job_id())
+    elif job_id() is not None and os.environ["RANK"] == "0":
+        forget_job(Path("assets/logs"), job_id())
     if folder is None and arguments.resume:
-        folder = latest_run(Path("assets/logs")) if arguments.resume == "latest" else Path(arguments.resume)
+        folder = latest_run(Path("assets/logs")) if arguments.resume == "latest" else run_folder_of(arguments.resume)
     if folder is not None:
         state = load_checkpoint(folder)
     default = "parameters.json" if folder is None else folder / "parameters.json"
@@ -163,16 +168,17 @@ class Run:
             "best": self.best,
             "parameters": json.dumps(self.resolved),
         }
-        save_checkpoint(self.folder, to_cpu(state))
+        save_checkpoint(self.folder, to_cpu(state), finished=self.epoch == self.parameters.training.epochs)
         self.saved = time.monotonic()
 
     def train(self, folder: Path | None) -> int:
         """Trains to the end or a signal; returns the exit code. Only the main process has a folder."""
         self.folder = folder
-        launchers = self.runtime.gather(launcher())
         if self.runtime.is_main:
-            if "TORCHELASTIC_RESTART_COUNT" in os.environ:
-                remember_job(folder, launchers)
+            if self.resumed:
+                remove_partials(folder)
+            if job_id() is not None:
+                remember_job(folder, job_id())
             write_json(folder / "parameters.json", self.parameters.model_dump())
             self.announce()
             if self.parameters.training.save:
@@ -351,7 +357,7 @@ class Run:
         if improved:
             for path in [self.folder / "best.pt"] + ([weights] if self.parameters.training.save else []):
                 save_file(to_cpu(self.network.state_dict()), path)
-                write_json(note_of(path), self.provenance())
+                write_note(path, self.provenance())
         write_csv(self.folder / "history.csv", self.history)
         plots.training_curves(self.history, self.folder / "curves.png")
         self.draw_samples(self.folder / "samples" / f"epoch_{self.epoch + 1:02d}.png")
@@ -410,7 +416,9 @@ class Run:
         print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
         print(f"Steps: {training.epochs} epochs of {self.steps_per_epoch}, batch size {training.batch_size}")
         print(f"Machine: {self.runtime.describe()}")
-        if self.resumed:
+        if self.resumed and self.epoch == training.epochs:
+            print(f"This run is finished: all of its {self.epoch} epochs are done")
+        elif self.resumed:
             print(f"Resumed at epoch {self.epoch + 1}, step {self.progress.batch + 1}")
         print(f"Run folder: {self.folder}")
 
