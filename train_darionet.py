@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from models.files import check_writable
 from torch.optim.swa_utils import AveragedModel
 
 from experiment import plots
@@ -31,7 +30,6 @@ from experiment.checkpoint import (
     load_checkpoint,
     refuse_changes,
     remember_job,
-    run_of_job,
     run_to_resume,
     save_checkpoint,
     to_cpu,
@@ -63,6 +61,7 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, write_note
 from models.errors import InputError
+from models.files import check_writable, remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction
@@ -85,9 +84,7 @@ def main() -> int:
     arguments = parser.parse_args()
     with Stopper() as stopper:
         # Set-up: parameters, images, networks, and where the run stands.
-        folder = run_of_job(LOGS, job_id()) if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) else None
-        if folder is None and arguments.resume:
-            folder = run_to_resume(LOGS, arguments.resume)
+        folder = run_to_resume(LOGS, arguments.resume)
         checkpoint = None if folder is None else load_checkpoint(folder)
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
@@ -135,10 +132,11 @@ def main() -> int:
         def remember() -> None:
             if runtime.is_main:
                 states = {name: to_cpu(thing.state_dict()) for name, thing in remembered.items()}
-                save_checkpoint(folder, states | {"resolved": json.dumps(resolved)})
+                save_checkpoint(folder, states | {"resolved": json.dumps(resolved)}, state.epoch == training.epochs)
 
         if runtime.is_main:
             folder = new_run_folder("train") if folder is None else folder
+            remove_partials(folder)
             write_json(folder / "parameters.json", parameters.model_dump())
             remember_job(folder, job_id())
             announce(parameters, runtime, network, train_set, val_set, reduction, state, folder)

@@ -19,7 +19,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))  # started as a file, as the scripts are
 
 import torch
-from models.files import check_writable
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.models import get_model
@@ -41,6 +40,7 @@ from experiment.runtime import (
 )
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
 from models.errors import InputError
+from models.files import check_writable
 
 LOGS = Path("assets/logs")
 
@@ -57,7 +57,7 @@ def main() -> int:
     arguments = parser.parse_args()
     refuse_options(arguments)
     with Stopper() as stopper:
-        folder = run_to_resume(LOGS, arguments.resume, "classifier") if arguments.resume else None
+        folder = run_to_resume(LOGS, arguments.resume, "classifier")
         checkpoint = None if folder is None else load_checkpoint(folder)
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
@@ -116,7 +116,7 @@ def main() -> int:
 
         def remember() -> None:
             states = {key: to_cpu(thing.state_dict()) for key, thing in remembered.items()}
-            save_checkpoint(folder, states | {"resolved": json.dumps(resolved)})
+            save_checkpoint(folder, states | {"resolved": json.dumps(resolved)}, state.epoch == arguments.epochs)
 
         def loss(images: Tensor, indices: Tensor) -> Losses:
             """Cross-entropy of the classes, of shifted pictures in training."""

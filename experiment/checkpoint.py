@@ -1,10 +1,13 @@
-"""Atomic save and exact resume of a training run."""
+"""Atomic save and exact resume of a training run; which run to go on with, and who may write its weights."""
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
+import socket
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -13,16 +16,18 @@ from torch import Tensor
 
 from experiment.distillation import Step
 from models.errors import InputError
-from models.weights import load_file, save_to, write_atomically
+from models.files import flush_to_disk, replace, write_atomically, write_text
+from models.weights import load_file, save_to
 
 FILE = "checkpoint.pt"
 PREVIOUS = "checkpoint_previous.pt"
 JOB = "torchrun.json"  # which of torchrun's jobs the run belongs to
-VERSION = 1
+VERSION = 2
 MARK = b"\nSHA-256 "  # torch and zip ignore what stands after the archive: this, and the checksum of all before it
 TRAILER = len(MARK) + 64
-# What a resumed run may change: it alters neither the images nor the steps.
-FREE = ("training.verbose", "training.save", "training.checkpoint_minutes", "data.workers")
+# What a resumed run may change: it alters neither the images nor the steps. Images and the classifier are compared by
+# what they are ("images", "classifier_weights"), not by where they lie; the rest of "data" and "test" is not read.
+FREE = ("test", "data", "classifier.weights", "training.verbose", "training.save", "training.checkpoint_minutes")
 
 
 BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
@@ -104,10 +109,10 @@ class State:
         return row, improved
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
+def save_checkpoint(folder: Path, state: dict, finished: bool = False) -> None:
     """Writes FOLDER/checkpoint.pt, tensors and plain values and a checksum; the one before is checkpoint_previous.pt.
 
-    Whenever it is killed, a whole one of the two stands.
+    Whenever it is killed, a whole one of the two stands. `finished` says that the run has nothing left to do.
 
     Raises:
         OSError: it can't be written; the one before stands.
@@ -115,7 +120,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
     path = folder / FILE
 
     def write(file: BinaryIO) -> None:
-        write_checked({"version": VERSION} | state, file)
+        write_checked({"version": VERSION, "finished": finished} | state, file)
         if is_whole(path):  # a damaged one must not take the place of a good one
             keep(path, folder / PREVIOUS)
 
@@ -128,7 +133,7 @@ def keep(path: Path, copy: Path) -> None:
         copy.unlink(missing_ok=True)
         os.link(path, copy)
     except OSError:
-        os.replace(path, copy)
+        replace(path, copy)
 
 
 def write_checked(state: dict, file: BinaryIO) -> None:
@@ -137,7 +142,7 @@ def write_checked(state: dict, file: BinaryIO) -> None:
     save_to(checked, state)
     file.write(MARK + checked.sha256.hexdigest().encode())
     file.flush()
-    os.fsync(file.fileno())
+    flush_to_disk(file.fileno())
     if os.fstat(file.fileno()).st_size != checked.size + TRAILER:
         raise OSError(errno.EIO, "the disk holds less than was written")
 
@@ -190,42 +195,157 @@ def load_checkpoint(folder: Path) -> dict:
         print(f"{folder / FILE} {fault}: going on from the one before, {path}")
     state = load_file(path)
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise InputError(f"{path}: not a checkpoint of this version of train_darionet.py")
+        raise InputError(
+            f"{path}: not a checkpoint of this version of train_darionet.py: go on with the version that wrote it, or "
+            "start a new run"
+        )
     return state
 
 
-def latest_run(logs: Path) -> Path:
-    """The newest training run in `logs` that has a checkpoint.
+def run_folder_of(path: str | Path) -> Path:
+    """The run that `path` names: its folder, or a file in it."""
+    path = Path(path)
+    places = [path, *path.parents] if path.exists() else []
+    return next((p for p in places if (p / FILE).is_file() or (p / PREVIOUS).is_file()), path)
+
+
+def run_to_resume(logs: Path, choice: str | None, kind: str = "train") -> Path | None:
+    """The run to go on with: the job's own where torchrun starts it again, that of `--resume`, or None.
+
+    Raises:
+        InputError: there is none that "latest" could mean.
+    """
+    job = job_id()
+    if job is not None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # after a process was lost
+        if (run := run_of_job(logs, job)) is not None:
+            return run
+    elif job is not None and os.environ.get("RANK", "0") == "0":
+        forget_job(logs, job)
+    if choice is None:
+        return None
+    return latest_run(logs, kind) if choice == "latest" else run_folder_of(choice)
+
+
+def latest_run(logs: Path, kind: str = "train") -> Path:
+    """The unfinished run KIND_<stamp> in `logs` whose checkpoint was written last.
 
     Raises:
         InputError: there is none.
     """
-    runs = runs_with_checkpoint(logs)
+    runs = runs_with_checkpoint(logs, kind)
     if not runs:
         raise InputError(f"{logs}: no training run with a checkpoint; start without --resume")
-    return runs[-1]
+    unfinished = next((run for run in reversed(runs) if not is_finished(run)), None)
+    if unfinished is None:
+        raise InputError(f"{runs[-1]}: the newest run is finished, as every other is; start without --resume")
+    return unfinished
 
 
-def runs_with_checkpoint(logs: Path) -> list[Path]:
-    """The training runs in `logs`, oldest first."""
-    return sorted({path.parent for name in (FILE, PREVIOUS) for path in logs.glob(f"train_*/{name}")})
+def is_finished(run: Path) -> bool:
+    """Whether its last checkpoint says so."""
+    with contextlib.suppress(InputError):
+        state = load_file(run / FILE)
+        return isinstance(state, dict) and state.get("finished") is True
+    return False
 
 
-def remember_job(folder: Path, launchers: list[str]) -> None:
-    """Notes in a run's folder which launchers (of torchrun's processes) it belongs to."""
-    write_atomically(folder / JOB, lambda file: file.write(json.dumps(sorted(set(launchers))).encode()))
+def runs_with_checkpoint(logs: Path, kind: str = "train") -> list[Path]:
+    """The training runs in `logs`, by the time when they last wrote a checkpoint."""
+    times = {}
+    for path in [path for name in (FILE, PREVIOUS) for path in logs.glob(f"{kind}_*/{name}") if path.is_file()]:
+        times[path.parent] = max(times.get(path.parent, 0), path.stat().st_mtime_ns)
+    return sorted(times, key=lambda run: (times[run], run))
 
 
-def run_of_job(logs: Path, launchers: list[str]) -> Path | None:
-    """The newest run in `logs` that one of these launchers (of torchrun's processes) started; None without any."""
-    for run in reversed(runs_with_checkpoint(logs)):
-        try:
-            started_by = json.loads((run / JOB).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if set(started_by) & set(launchers):
-            return run
-    return None
+def job_id() -> str | None:
+    """The name of torchrun's job, the same in every process and after a restart; None without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name == "none":  # torchrun's default over several machines
+        name = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
+    return name
+
+
+def remember_job(folder: Path, job: str | None) -> None:
+    """Notes in a run's folder which of torchrun's jobs it belongs to, if any."""
+    if job is not None:
+        write_text(folder / JOB, json.dumps(job))
+
+
+def run_of_job(logs: Path, job: str | None) -> Path | None:
+    """The newest run in `logs` that belongs to this job; None without any."""
+    runs = (run for run in reversed(runs_with_checkpoint(logs)) if job is not None and job_of(run) == job)
+    return next(runs, None)
+
+
+def forget_job(logs: Path, job: str) -> None:
+    """Takes the job's name from older runs: a user may have given it to an earlier job as well."""
+    for note in logs.glob(f"train_*/{JOB}"):
+        if job_of(note.parent) == job:
+            note.unlink(missing_ok=True)
+
+
+def job_of(run: Path) -> object:
+    try:
+        return json.loads((run / JOB).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+@contextlib.contextmanager
+def claim(path: str | Path | None, run: str | Path) -> Iterator[None]:
+    """Holds the weights `path`, if any, for the one run that writes them: a note FILE.training beside it says whose.
+
+    A note whose process is gone is ignored; one from another machine is said.
+
+    Raises:
+        InputError: a run on this machine holds it and lives.
+    """
+    if path is None:
+        yield
+        return
+    note = Path(f"{os.path.realpath(path)}.training")
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "run": str(run)}
+    other = holder(note)
+    if other and other["host"] != mine["host"]:
+        print(f"Note: {path} is also written by {other['run']} on {other['host']}, if that still runs ({note})")
+    elif other and other["pid"] != mine["pid"] and lives(other["pid"]):
+        raise InputError(
+            f"{path}: {other['run']} (process {other['pid']}) is writing it: wait for that run, or name another file; "
+            f"if there is no such run, remove {note}"
+        )
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        if note.exists():  # stale
+            note.unlink()
+        with note.open("x", encoding="utf-8") as file:
+            json.dump(mine, file)
+    except FileExistsError:
+        raise InputError(f"{path}: another run has just begun to write it ({note})") from None
+    except OSError:  # a folder where nothing can be written says so when the weights are
+        pass
+    try:
+        yield
+    finally:
+        if holder(note) == mine:
+            note.unlink(missing_ok=True)
+
+
+def holder(note: Path) -> dict | None:
+    try:
+        found = json.loads(note.read_text(encoding="utf-8"))
+        return {"host": str(found["host"]), "pid": int(found["pid"]), "run": str(found["run"])}
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return pid > 0
 
 
 def refuse_changes(before: dict, now: dict, prefix: str = "") -> None:
@@ -233,7 +353,7 @@ def refuse_changes(before: dict, now: dict, prefix: str = "") -> None:
     for key in sorted(before.keys() | now.keys()):
         name = prefix + key
         old, new = before.get(key), now.get(key)
-        if name == "test" or name in FREE:
+        if any(f"{name}.".startswith(f"{free}.") for free in FREE):
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             refuse_changes(old, new, f"{name}.")

@@ -12,7 +12,7 @@ import torch
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
 
 from models.errors import InputError
-from models.weights import write_atomically
+from models.files import write_text
 
 # What the rows of the results are called: images as they are, reduced, enlarged again, and rebuilt by a DarioNet.
 ORIGINAL, SMALL, BASELINE, OURS = "Original", "Small", "Bilinear", "DarioNet"
@@ -298,10 +298,9 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, rows[0].keys() if rows else ())
     writer.writeheader()
     writer.writerows(rows)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode("utf-8", "backslashreplace")))
+    write_text(path, text.getvalue())
 
 
 def write_json(path: Path, values: object) -> None:
     """Values as JSON, written atomically. NaN and infinity, which JSON lacks, raise ValueError."""
-    text = json.dumps(values, indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")

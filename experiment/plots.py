@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from experiment.metrics import HEADINGS, table_cells
-from models.weights import write_atomically
+from models.files import write_atomically
 
 GOOD, BAD, PLAIN = "#1a7f37", "#c0392b", "#30363d"
 COLOURS = {"Original": PLAIN, "Small": "#8b949e", "Bilinear": "#d1700a", "Bicubic": "#b5a642", "DarioNet": "#0b6fb8"}

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -94,15 +93,6 @@ def lost_process():
         raise
     except RuntimeError:
         raise ConnectionError(errno.ECONNRESET, "another process of the job is gone", "torchrun") from None
-
-
-def launcher() -> str:
-    """A name for the process that started this one, unlike that of any other: torchrun's own, under torchrun."""
-    pid = os.getppid()
-    started = ""
-    with contextlib.suppress(OSError, IndexError):  # a number is given again one day, with another time of start
-        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    return f"{socket.gethostname()} {pid} {started}"
 
 
 def start_runtime(precision: str) -> Runtime:

@@ -137,7 +137,7 @@ class FrozenClassifier(nn.Module):
 
     @torch.no_grad()
     def require(self, side: int, key: str) -> None:
-        """Checks that it reads images of `side` x `side` pixels, the value of the parameter `key`, as a classifier must.
+        """Checks that it reads images of `side` x `side` pixels, the value of the parameter `key`, as it has to.
 
         Finds the layers of the maps, too, where none were named.
 

@@ -1,5 +1,6 @@
 """DarioNet: the RRDBNet that a parameters.json names, with or without its weights."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import torch
 
 from models.errors import InputError
+from models.files import write_text
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import generator_size, load_generator, load_strictly
+from models.weights import generator_size, load_generator, load_strictly, say, sha256_of
 
 
 def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
@@ -88,19 +90,36 @@ def note_of(weights: str | Path) -> Path:
     return Path(f"{weights}.json")
 
 
+def write_note(weights: str | Path, note: dict) -> None:
+    """Writes what the weights file that stands there now was trained for, and whose note it is: the file's SHA-256."""
+    text = json.dumps(note | {"sha256": sha256_of(Path(weights))}, indent=2, allow_nan=False)
+    write_text(note_of(weights), text + "\n")
+
+
 def trained_for(path: str) -> dict:
     """What train_darionet.py noted in a JSON file beside its weights; nothing for weights from elsewhere.
 
     Raises:
         InputError: the file is damaged.
     """
-    beside = note_of(path)
-    if not beside.is_file():
+    beside, weights = note_of(path), Path(path)
+    if not beside.is_file() or not weights.is_file():
         return {}
     try:
-        return dict(json.loads(beside.read_text(encoding="utf-8")))
+        note = dict(json.loads(beside.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise InputError(f"{beside}: not what train_darionet.py writes beside its weights; remove it") from None
+    stamp = weights.stat()
+    return note if is_of(weights.absolute(), str(note.get("sha256")), (stamp.st_size, stamp.st_mtime_ns)) else {}
+
+
+@functools.cache
+def is_of(weights: Path, sha256: str, stamp: tuple) -> bool:
+    """Whether a note with this hash was written for the weights; one line where it was not."""
+    belongs = sha256 == sha256_of(weights)
+    if not belongs:
+        say(f"Note: {note_of(weights)} was written for other weights and is left out")
+    return belongs
 
 
 def other_input(path: str, reduction: Reduction) -> str | None:

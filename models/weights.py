@@ -1,18 +1,17 @@
-"""Reads and writes weight files: plain state dicts, never code.
+"""Reads weight files of every known layout into plain state dicts, and writes those; code inside a file never runs.
 
 ESRGAN's family stores the same network under three sets of key names; they are read into the ESRGAN repository's,
 and what is written has those names.
 """
 
-import contextlib
-import errno
 import hashlib
 import os
 import pickle
 import re
-import tempfile
+import shlex
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,12 +19,8 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
+from models.files import write_atomically
 
-LOCKS = os.name == "posix"
-if LOCKS:
-    import fcntl
-
-PARTIAL = ".partial"
 # SHA-256, or its beginning, of files that their owners publish under these names: mirrors have served others.
 PUBLISHED = {
     "RRDB_PSNR_x4.pth": "f372b59f22929e1bc83fa58d78215c96f976de3b2eaeee736da1b348913da6cc",
@@ -33,10 +28,29 @@ PUBLISHED = {
     "ESRGAN_SRx4_DF2KOST_official-ff704c30.pth": "ff704c30",
     "RealESRGAN_x4plus.pth": "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
 }
-WRAPPERS = ("params_ema", "params", "params-ema", "state_dict", "model_state_dict", "model", "net")
+# Names of the entry that holds the weights, and of modules around the network, those of averaged weights first.
+AVERAGED = ("params_ema", "params-ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
+WRAPPERS = (
+    *AVERAGED,
+    *("params", "state_dict", "model_state_dict", "model_state", "model", "network", "generator", "net", "net_g"),
+    *("netG", "backbone", "weights"),
+)
+PREFIXES = (*WRAPPERS, "layers", "0")
+TRANSPARENT = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's own wrappers
 LARGEST = 1024  # features or growth of a generator
-DEEPEST = 5  # wrappers within wrappers
-PREFIXES = ("module.", "netG.", "layers.0.", "0.")
+DEEPEST = 20  # dictionaries or modules within others
+# Of these a file may hold whole objects beside the weights; they are read as nothing, and nothing of theirs is run.
+HARMLESS = (
+    r"(argparse|collections|datetime|easydict|numpy|omegaconf|pathlib|torch|types|typing|uuid)\."
+    r"|(bool|bytes|complex|dict|float|frozenset|int|list|object|range|set|slice|str|tuple)$"
+)
+# What whoever trusts a file can do with it: only the tensors remain.
+CONVERSION = (
+    "python -c \"import sys, torch; f = lambda x: x.state_dict() if hasattr(x, 'state_dict') else x; "
+    "x = f(torch.load(sys.argv[1], 'cpu', weights_only=False)); x = {k: f(v) for k, v in x.items()}; "
+    "torch.save({k: v for k, v in x.items() if torch.is_tensor(v) or isinstance(v, dict) "
+    'and all(map(torch.is_tensor, v.values()))}, sys.argv[2])"'
+)
 # BasicSR's and Real-ESRGAN's names for the ESRGAN repository's, then those of the first ESRGAN release.
 BASICSR_NAMES = {
     "body": "RRDB_trunk",
@@ -55,23 +69,84 @@ FIRST_RELEASE_NAMES = {
 
 
 def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote to `path`, on the CPU. Only tensors and plain values are read; code never runs.
+    """What `torch.save` wrote to `path`, on the CPU, or the tensors of a .safetensors file. Code never runs.
 
     Raises:
-        InputError: the file is absent, unreadable, or holds anything else.
+        InputError: the file is absent, unreadable, or holds what can't be read without running its code.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such weights file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of old forms; what can't be read raises
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise InputError(f"{path}: not a file of weights alone (it is no torch file, or it would run code)") from None
+        return load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
+    except InputError:
+        raise
     except Exception as error:  # torch reports a damaged file as any of a dozen exceptions
+        objects = isinstance(error, pickle.UnpicklingError) and path.open("rb").read(1) in b"P\x80"  # zip or pickle
+        if objects or "TorchScript" in str(error):
+            command = f"{CONVERSION} {shlex.quote(str(path))} {shlex.quote(f'{path}.plain.pt')}"
+            raise InputError(
+                f"{path}: not a file of weights alone, to read it would run code; if you trust it, this command "
+                f"makes a plain one of it: {command}"
+            ) from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise InputError(f"{path}: not a weights file that torch knows") from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a readable weights file ({reason})") from None
+
+
+def load_tensors(path: Path) -> object:
+    """`torch.load` of tensors and plain values; objects that are no more than data are read as empty dictionaries."""
+    stand_ins: dict[str, type] = {}
+    while True:
+        try:
+            known = [(stand_in, name) for name, stand_in in stand_ins.items()]
+            with warnings.catch_warnings(), torch.serialization.safe_globals(known):
+                warnings.simplefilter("ignore")  # of old forms; what can't be read raises
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+            name = found[1] if found else ""
+            if not found or name in stand_ins or ("." not in name and not re.match(HARMLESS, name)):
+                if stand_ins:  # which did not do
+                    raise pickle.UnpicklingError(str(error)) from None
+                raise
+            name = name if "." in name else f"builtins.{name}"
+            stand_ins[name] = Inert if name.startswith("numpy.") else Called if re.match(HARMLESS, found[1]) else Built
+
+
+class Inert:
+    """Stands for an object that a file builds from anything."""
+
+    def __init__(self, *arguments):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class Called:
+    """Stands for an object in a file: a dictionary of what the file puts into it, and its attributes."""
+
+    def __new__(cls, *arguments):
+        return OrderedDict()
+
+
+class NeverCalled(type):
+    def __call__(cls, *arguments):
+        raise pickle.UnpicklingError("GLOBAL that is called: it may be code")
+
+
+class Built(Called, metaclass=NeverCalled):
+    """The same for a class that is not known: its objects are data, but it may not be called with arguments."""
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file as load
+    except ImportError:
+        raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
+    return load(path)
 
 
 def sha256_of(path: Path) -> str:
@@ -88,33 +163,99 @@ def refuse_other_file(path: str | Path, expected: str | None) -> None:
         )
 
 
-def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
+def unwrap(contents: object, path: str | Path, having: Iterable[str] = ()) -> dict[str, Tensor]:
     """The state dict inside `contents`, without the wrappers and prefixes that other projects add.
+
+    `having` are names of tensors of which the wanted network has one: they tell it from others in the same file
+    (discriminators, losses). Averaged weights (EMA) come first, and a line says which were read.
 
     Raises:
         InputError: there is none.
     """
-    for _ in range(DEEPEST):
-        inner = [contents[w] for w in WRAPPERS if isinstance(contents, dict) and isinstance(contents.get(w), dict)]
-        if not inner:
-            break
-        contents = inner[0]
-    if not isinstance(contents, dict) or not contents or not all(is_plain(k, v) for k, v in contents.items()):
+    chosen = []
+    starts = starts_of(tensors_in(contents), having)
+    if starts:
+        weights = part_of(tensors_in(contents), starts, path)
+    else:
+        for _ in range(DEEPEST):
+            inner = [w for w in WRAPPERS if isinstance(contents, dict) and tensors_in(contents.get(w))]
+            if not inner:
+                break
+            contents = contents[inner[0]]
+            chosen += [inner[0]] if len(inner) > 1 or inner[0] in AVERAGED else []
+        weights = tensors_in(contents)
+    if not weights or not all(map(is_plain, weights.values())):
         raise InputError(f"{path}: holds no state dict (a dictionary of tensors)")
-    for _ in range(DEEPEST):
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in contents):
-                contents = {key.removeprefix(prefix): tensor for key, tensor in contents.items()}
-    return contents
+    if chosen:
+        say(f"{path}: reading {'.'.join(chosen)}")
+    return weights if starts else bare(weights)
 
 
-def is_plain(key: object, value: object) -> bool:
-    """Whether this is an entry of a state dict: a name, and a tensor with a place in memory for every value."""
-    if not isinstance(key, str) or not isinstance(value, Tensor):
+def tensors_in(contents: object) -> dict[str, Tensor]:
+    """The tensors in nested dictionaries, and in the stand-ins of modules, under their names joined by dots."""
+    found, seen = {}, set()
+
+    def walk(inner: object, start: str, depth: int) -> None:
+        if isinstance(inner, Tensor):
+            found[start[:-1]] = inner.detach()
+        if not isinstance(inner, dict) or not depth or id(inner) in seen:
+            return
+        seen.add(id(inner))
+        module = vars(inner) if isinstance(inner, OrderedDict) else {}
+        if isinstance(module.get("_modules"), dict):
+            passing = module.get("_non_persistent_buffers_set", ())
+            buffers = {name: buffer for name, buffer in module["_buffers"].items() if name not in passing}
+            inner = module["_parameters"] | buffers | module["_modules"]
+        for name, value in inner.items():
+            if isinstance(name, str) and name != "n_averaged":  # torch.optim.swa_utils counts beside the weights
+                walk(value, f"{start}{name}.", depth - 1)
+
+    walk(contents, "", DEEPEST)
+    short = {".".join(p for p in name.split(".") if p not in TRANSPARENT): tensor for name, tensor in found.items()}
+    return short if len(short) == len(found) else found
+
+
+def starts_of(weights: dict[str, Tensor], having: Iterable[str]) -> list[str]:
+    """What stands before one of the names `having`, averaged weights first, then the shortest."""
+    found = {key.removesuffix(name) for name in having for key in weights if f".{key}".endswith(f".{name}")}
+    return sorted(found, key=lambda start: (not is_averaged(start), len(start), start))
+
+
+def is_averaged(start: str) -> bool:
+    return re.search(r"(^|[._-])(ema|averaged|shadow)([._-]|$)", start, re.IGNORECASE) is not None
+
+
+def part_of(weights: dict[str, Tensor], starts: list[str], path: str | Path) -> dict[str, Tensor]:
+    """The weights whose names begin with the first of `starts`; said where that was a choice."""
+    start, *others = starts
+    names = [name.removesuffix(".") or "those without a prefix" for name in starts]
+    if others or is_averaged(start):
+        say(f"{path}: reading {names[0]}" + (f"; {', '.join(names[1:4])} are there too" if others else ""))
+    inner = tuple(other for other in others if other.startswith(start))
+    return {k.removeprefix(start): v for k, v in weights.items() if k.startswith(start) and not k.startswith(inner)}
+
+
+def bare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same without the prefixes that all names share and that say nothing."""
+    weights = tensors_in(weights)
+    while weights:
+        first = next(iter(weights)).partition(".")[0]
+        if first not in PREFIXES or not all(key.startswith(f"{first}.") for key in weights):
+            break
+        weights = {key.removeprefix(f"{first}."): tensor for key, tensor in weights.items()}
+    return weights
+
+
+def say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it is a tensor of real numbers with a place in memory for every one of them."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_complex():
         return False
-    if value.layout != torch.strided or value.is_meta or value.is_quantized:
-        return False
-    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def load_generator(path: str | Path) -> dict[str, Tensor]:
@@ -125,7 +266,7 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
     """
     contents = load_file(path)
     refuse_other_file(path, PUBLISHED.get(Path(path).name))
-    weights = esrgan_names(unwrap(contents, path))
+    weights = esrgan_names(unwrap(contents, path, having=("conv_first.weight", "model.0.weight")))
     first = weights.get("conv_first.weight")
     if first is None:
         raise InputError(
@@ -169,23 +310,33 @@ def generator_size(weights: dict[str, Tensor]) -> tuple[int, int, int]:
 
 
 def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Copies `weights` into `module`: every key and every shape has to agree.
+    """Copies `weights` into `module`, in the module's precision: every key and every shape has to agree.
+
+    BatchNorm's count of batches may be missing: it plays no part in evaluation.
 
     Raises:
         InputError: names the file and the first key or shape that differs.
     """
-    own = module.state_dict()
+    own, weights = bare(module.state_dict()), bare(weights)
+    needed = [key for key in own if not key.endswith("num_batches_tracked")]
+    starts = starts_of(weights, needed[:1])
+    starts = [start for start in starts if all(start + key in weights for key in needed)] or starts[:1]
+    if starts and starts[0]:
+        weights = part_of(weights, starts, path)
     for key, tensor in own.items():
+        if key not in weights and key not in needed:
+            continue
         if key not in weights:
             raise InputError(f"{path}: {key} is missing (expected {list(tensor.shape)})")
         if weights[key].shape != tensor.shape:
             raise InputError(f"{path}: {key} is {list(weights[key].shape)}, expected {list(tensor.shape)}")
-        if not torch.isfinite(weights[key]).all():
+        if not torch.isfinite(weights[key].to(tensor.dtype)).all():
             raise InputError(f"{path}: {key} holds values that are not finite")
     for key in weights:
         if key not in own:
             raise InputError(f"{path}: {key} is not a part of this network")
-    module.load_state_dict(weights)
+    for key, tensor in weights.items():
+        own[key].copy_(tensor)
 
 
 def save_file(contents: object, path: str | Path) -> None:
@@ -205,77 +356,3 @@ def save_to(file: BinaryIO, contents: object) -> None:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Calls `write(binary file)` on a temporary file beside `path`, flushes it to the disk and renames it to `path`.
-
-    The temporary file goes when that fails; one that a kill left behind goes at the next call for the same path.
-
-    Raises:
-        OSError: no space, no permission; the old file stands.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    descriptor, name = open_partial(path)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(name, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from the user's group
-            if LOCKS:  # and while it is held: another process might take the closed file for a leftover
-                os.replace(name, path)
-        if not LOCKS:
-            os.replace(name, path)
-        flush_folder(path.parent)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def flush_folder(folder: Path) -> None:
-    """Makes a new name in a folder survive a power cut, where the system can."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def check_writable(path: str | Path) -> None:
-    """Raises OSError where `write_atomically` could not write `path` now."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = open_partial(path)
-    os.close(descriptor)
-    os.unlink(name)
-
-
-def open_partial(path: Path) -> tuple[int, str]:
-    """Descriptor and name of a new file beside `path`, locked for as long as it is open: a leftover is not."""
-    while True:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        if LOCKS:
-            with contextlib.suppress(OSError):  # a file system without locks: leftovers stay there
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if Path(name).exists():  # else another process was quicker than the lock, and removed it
-            return descriptor, name
-        os.close(descriptor)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Removes the temporary files of `path` that no process holds: a kill left them."""
-    if not LOCKS:
-        return
-    for name in os.listdir(path.parent):
-        if name.startswith(f".{path.name}.") and name.endswith(PARTIAL):
-            with contextlib.suppress(OSError), (path.parent / name).open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(path.parent / name)

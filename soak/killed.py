@@ -52,7 +52,7 @@ class SavingMoments:
         return call
 
     def install(self) -> None:
-        for name in ("fsync", "link", "replace", "chmod"):
+        for name in ("fsync", "link", "replace"):
             setattr(os, name, self.before(getattr(os, name)))
         Path.unlink = self.before(Path.unlink)
         Path("moments.txt").unlink(missing_ok=True)

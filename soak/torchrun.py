@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 from warm import ROOT, STEPS, checkpoint, place_of_its_own, report, same, small_experiment
 
-from experiment.checkpoint import FILE, is_whole
-from experiment.metrics import write_json
+from experiment.checkpoint import FILE, is_whole, remember_job
 
 # Runs train_darionet.py; the process RANK does what SIGNALS and WHEN say, in the job's first life alone.
 SCRIPT = f"""
@@ -68,7 +67,7 @@ def add_decoy(folder: Path, reference: Path) -> Path:
     """Another job's run, newer than any: nothing may touch it."""
     decoy = folder / "assets" / "logs" / "train_29990101-000000"
     shutil.copytree(next((reference / "assets" / "logs").iterdir()), decoy)
-    write_json(decoy / "torchrun.json", ["elsewhere 1 1"])
+    remember_job(decoy, "another job")
     return decoy
 
 
@@ -82,7 +81,7 @@ def fault_of(folder: Path, reference: Path) -> str | None:
     weights = [torch.load(place / "DarioNet.pt", weights_only=True) for place in (folder, reference)]
     if not same(state, checkpoint(reference)) or not same(*weights):
         return "another result"
-    left = [path.name for path in folder.rglob(".*")]
+    left = [path.name for path in own_runs(folder)[-1].rglob(".*")]
     return f"left {left}" if left else None
 
 

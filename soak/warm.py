@@ -26,6 +26,7 @@ from torchvision.models import get_model  # noqa: E402
 from experiment import plots  # noqa: E402
 from experiment.parameters import run_script  # noqa: E402
 from models.classifier import save_classifier  # noqa: E402
+from models.files import PARTIAL  # noqa: E402
 
 CLOCKS = ("seconds", "images_per_second", "parameters")
 EPOCHS, STEPS = 2, 3  # of a whole run
@@ -122,16 +123,29 @@ def same(a: object, b: object) -> bool:
 
 
 def ends_as(folder: Path, reference: Path) -> bool:
-    """Whether a finished run left what the uninterrupted one left: state, weights, note; and no temporary file."""
+    """Whether a finished run left what the uninterrupted one left: state, weights, note; in its folder no other file.
+
+    Beside the weights, kills leave hidden files: one of each kill at most.
+    """
     weights = [torch.load(place / "DarioNet.pt", weights_only=True) for place in (folder, reference)]
     notes = [json.loads((place / "DarioNet.pt.json").read_text()) | {"run": ""} for place in (folder, reference)]
-    files = [{p.name for p in place.rglob("*")} - {run_folder(place).name} for place in (folder, reference)]
+    files = [
+        {p.relative_to(run_folder(place)) for p in run_folder(place).rglob("*")}
+        | {p.name for p in place.iterdir() if not is_left(p)}
+        for place in (folder, reference)
+    ]
     return (
         same(checkpoint(folder), checkpoint(reference))
         and same(*weights)
         and notes[0] == notes[1]
         and files[0] - {"steps.txt"} == files[1] - {"steps.txt"}
+        and sum(map(is_left, folder.iterdir())) <= 1
     )
+
+
+def is_left(path: Path) -> bool:
+    """Whether it is what a killed process was writing."""
+    return path.name.startswith(".") and path.name.endswith(PARTIAL)
 
 
 def drop(folder: Path) -> None:

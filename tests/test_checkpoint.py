@@ -1,13 +1,14 @@
 """A checkpoint on a disk that fails: always a whole one, and what is damaged is seen."""
 
 import errno
+import json
 import os
 import random
 import resource
 import signal
+import socket
 import stat
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,24 @@ import torch
 from conftest import one_line
 
 from experiment import checkpoint
-from experiment.checkpoint import FILE, PREVIOUS, is_whole, load_checkpoint, run_of_job, save_checkpoint
-from experiment.runtime import launcher
-from models import weights
+from experiment.checkpoint import (
+    FILE,
+    PREVIOUS,
+    claim,
+    forget_job,
+    is_whole,
+    job_id,
+    latest_run,
+    load_checkpoint,
+    refuse_changes,
+    remember_job,
+    run_folder_of,
+    run_of_job,
+    save_checkpoint,
+)
+from models import files, weights
 from models.errors import InputError
+from models.files import PARTIAL, check_writable, remove_partials, write_atomically, write_text
 
 TRUNCATIONS, FLIPS = 50, 100
 
@@ -119,10 +134,10 @@ def failing(number: int):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
-@pytest.mark.parametrize("call", ["mkstemp", "write", "fsync", "chmod", "replace"])
+@pytest.mark.parametrize("call", ["open", "write", "flush", "fsync", "replace"])
 def test_a_failed_save_leaves_every_byte(saved, monkeypatch, call, number):
     before = contents(saved)
-    owner = {"mkstemp": weights.tempfile, "write": checkpoint.Checksum}.get(call, os)
+    owner = {"open": Path, "write": checkpoint.Checksum, "flush": checkpoint.Checksum}.get(call, os)
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, failing(number))
         with pytest.raises(OSError) as error:
@@ -214,17 +229,123 @@ def test_the_users_umask_holds(tmp_path, mask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~mask}
 
 
-def test_what_a_kill_left_goes_and_what_is_in_use_stays(saved):
-    leftover = saved / f".{FILE}.abc{weights.PARTIAL}"
-    leftover.write_bytes(b"half")
-    descriptor, used = weights.open_partial(saved / FILE)
-    other = saved / f".{FILE}.notes"
-    other.write_text("mine")
-    save_checkpoint(saved, state(3))
-    assert set(contents(saved)) == {FILE, PREVIOUS, Path(used).name, other.name}
-    os.close(descriptor)
-    save_checkpoint(saved, state(4))
-    assert set(contents(saved)) == {FILE, PREVIOUS, other.name}
+REFUSALS = [errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    "calls", [("chmod",), ("fsync",), ("link",), ("replace",), ("chmod", "fsync", "link", "replace")]
+)
+def test_what_a_file_system_refuses_is_left_out(tmp_path, monkeypatch, calls, number):
+    """CIFS, exFAT, gcsfuse, S3: no modes, flushes, hard links or renames; what matters is written."""
+    with monkeypatch.context() as patch:
+        for call in calls:
+            patch.setattr(os, call, failing(number))
+        for i in (1, 2, 3):
+            save_checkpoint(tmp_path, state(i))
+        write_text(tmp_path / "history.csv", "epoch\n")
+    assert (
+        load_checkpoint(tmp_path)["number"] == 3 and torch.load(tmp_path / PREVIOUS, weights_only=True)["number"] == 2
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {FILE, PREVIOUS, "history.csv"}
+    assert is_whole(tmp_path / PREVIOUS) and (tmp_path / "history.csv").read_text() == "epoch\n"
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EXDEV], ids=errno.errorcode.get)
+def test_a_file_that_is_a_mount_of_its_own(tmp_path, monkeypatch, number):
+    (tmp_path / "w.pt").write_text("old")
+    monkeypatch.setattr(os, "replace", failing(number))
+    write_text(tmp_path / "w.pt", "new")
+    assert contents(tmp_path) == {"w.pt": b"new"}
+
+
+def test_a_link_is_written_through(tmp_path):
+    scratch, home = tmp_path / "scratch", tmp_path / "home"
+    scratch.mkdir()
+    home.mkdir()
+    (scratch / "old.pt").write_text("old")
+    for name, leads_to in (("file", scratch / "old.pt"), ("new", scratch / "new.pt"), ("relative", "../scratch/r.pt")):
+        (home / name).symlink_to(leads_to)
+    (home / "twice").symlink_to(home / "file")
+    (home / "logs").symlink_to(scratch)
+    for name, leads_to in (("file", "old.pt"), ("new", "new.pt"), ("relative", "r.pt"), ("logs/a/b.csv", "a/b.csv")):
+        check_writable(home / name)
+        write_text(home / name, name)
+        assert (scratch / leads_to).read_text() == name
+    write_text(home / "twice", "twice")
+    assert (scratch / "old.pt").read_text() == "twice"
+    assert all(path.is_symlink() for path in home.iterdir())
+    assert sorted(path.name for path in scratch.iterdir()) == ["a", "new.pt", "old.pt", "r.pt"]
+
+
+def test_places_where_no_file_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "purged").symlink_to(tmp_path / "gone" / "w.pt")
+    (tmp_path / "logs").symlink_to(tmp_path / "gone")
+    os.mkfifo(tmp_path / "pipe")
+    before = sorted(tmp_path.rglob("*"))
+    places = {
+        "folder": IsADirectoryError,
+        "file/w.pt": NotADirectoryError,
+        "file/a/w.pt": NotADirectoryError,
+        "logs/train/w.pt": NotADirectoryError,
+        "purged": FileNotFoundError,
+        "loop": OSError,
+        "loop/w.pt": OSError,
+        "pipe": OSError,
+        "x" * 300: OSError,
+        f"folder/{'x' * 300}": OSError,
+    }
+    for place, kind in places.items():
+        for write in (check_writable, lambda path: write_text(path, "text")):
+            with pytest.raises(kind) as error:
+                write(tmp_path / place)
+            assert error.value.strerror, place
+    assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(OSError):
+        check_writable("/dev/null")
+
+
+def test_names_as_long_as_the_system_takes(tmp_path):
+    for name in ("x" * 251 + ".csv", "é" * 125 + ".csv"):
+        check_writable(tmp_path / name)
+        write_text(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+
+
+def killed_while_saving(path: Path) -> None:
+    """A process that is killed with half of its file written."""
+    pid = os.fork()
+    if not pid:
+        write_atomically(path, lambda file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), signal.SIGKILL)))
+    os.waitpid(pid, 0)
+
+
+def test_what_a_kill_leaves_is_hidden_and_goes_when_the_run_goes_on(saved):
+    before = contents(saved)
+    for _ in range(2):
+        killed_while_saving(saved / FILE)
+    left = contents(saved).keys() - before.keys()
+    assert len(left) == 2 and all(name.startswith(".") and name.endswith(PARTIAL) for name in left)
+    (saved / ".notes").write_text("mine")
+    save_checkpoint(saved, state(3))  # another process's may be in use: they stay
+    assert contents(saved).keys() == before.keys() | left | {".notes"}
+    remove_partials(saved)
+    assert contents(saved).keys() == before.keys() | {".notes"} and load_checkpoint(saved)["number"] == 3
+
+
+def test_processes_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
+    """Forked or on another machine: what is left is one of the two, whole."""
+    names = {files.partial_of(tmp_path / "w.pt").name}
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.write(writer, files.partial_of(tmp_path / "w.pt").name.encode())
+        os._exit(0)
+    os.wait()
+    names.add(os.read(reader, 1000).decode())
+    assert len(names) == 2 and files.PROCESS in names.pop()
 
 
 def test_a_run_goes_on_from_the_one_before(start, experiment):
@@ -243,23 +364,143 @@ def test_a_run_goes_on_from_the_one_before(start, experiment):
     one_line(start("train_darionet", "--resume", whole), FILE, "not a whole checkpoint")
 
 
-def test_a_restart_picks_up_its_own_run_alone(saved, tmp_path):
-    logs, mine = tmp_path / "logs", launcher()
-    assert run_of_job(logs, [mine]) is None
-    for stamp, owners in (("1", [mine]), ("2", [mine, "host 7 1"]), ("3", ["host 8 1"]), ("4", [mine])):
-        run = logs / f"train_{stamp}"
-        run.mkdir(parents=True)
-        checkpoint.remember_job(run, owners)
-        if stamp != "4":  # the last did not come as far as a checkpoint
-            save_checkpoint(run, state(1))
-    assert run_of_job(logs, [mine]).name == "train_2"
-    assert run_of_job(logs, ["host 7 1", "host 9 1"]).name == "train_2"
-    assert run_of_job(logs, ["host 9 1"]) is None
-    (logs / "train_2" / checkpoint.JOB).write_text("[")
-    assert run_of_job(logs, [mine]).name == "train_1"
+def make_run(logs: Path, name: str, minute: int, finished: bool = False, job: str | None = None) -> Path:
+    run = logs / f"train_{name}"
+    run.mkdir(parents=True)
+    save_checkpoint(run, state(1))
+    save_checkpoint(run, state(2), finished)
+    for path, time in ((run / PREVIOUS, 60 * minute - 1), (run / FILE, 60 * minute)):
+        os.utime(path, (time, time))
+    if job is not None:
+        remember_job(run, job)
+    return run
 
 
-def test_every_process_of_one_launcher_names_it_alike():
-    command = [sys.executable, "-c", "from experiment.runtime import launcher; print(launcher())"]
-    names = {subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for _ in range(2)}
-    assert len(names) == 1 and names != {launcher()} and str(os.getpid()) in names.pop().split()
+def test_a_restart_picks_up_its_own_run_alone(tmp_path):
+    logs = tmp_path / "logs"
+    assert run_of_job(logs, "mine") is None and run_of_job(logs, None) is None
+    for i, job in enumerate(["mine", "mine", "another", None]):
+        make_run(logs, str(i), i, job=job)
+    remember_job(logs / "train_4", "mine")  # did not come as far as a checkpoint
+    assert run_of_job(logs, "mine").name == "train_1" and run_of_job(logs, "unknown") is None
+    assert run_of_job(logs, None) is None
+    (logs / "train_1" / checkpoint.JOB).write_text("[")
+    assert run_of_job(logs, "mine").name == "train_0"
+    forget_job(logs, "mine")  # a new job under an old name
+    assert run_of_job(logs, "mine") is None and run_of_job(logs, "another").name == "train_2"
+
+
+def test_the_name_of_a_job(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert job_id() is None
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
+    assert job_id() == "a job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: told apart by where its processes meet
+    names = set()
+    for address, port in (("a", "29500"), ("a", "29501"), ("b", "29500")):
+        monkeypatch.setenv("MASTER_ADDR", address)
+        monkeypatch.setenv("MASTER_PORT", port)
+        names.add(job_id())
+    assert len(names) == 3
+
+
+def test_the_newest_run_is_the_unfinished_one_that_wrote_last(tmp_path):
+    """Not the one with the latest name: that depends on the time zone."""
+    with pytest.raises(InputError, match="no training run with a checkpoint"):
+        latest_run(tmp_path)
+    make_run(tmp_path, "20260102-030000", 10, finished=True)
+    make_run(tmp_path, "20260101-230000", 20, finished=True)
+    with pytest.raises(InputError, match=r"train_20260101-230000: the newest run is finished"):
+        latest_run(tmp_path)
+    make_run(tmp_path, "20260102-010000", 15)
+    make_run(tmp_path, "20260102-020000", 14)
+    assert latest_run(tmp_path).name == "train_20260102-010000"
+    (tmp_path / "train_20260102-020000" / FILE).write_bytes(b"damaged")  # just now
+    assert latest_run(tmp_path).name == "train_20260102-020000"
+
+
+def test_a_file_in_the_run_names_the_run(saved):
+    (saved / "samples").mkdir()
+    (saved / "samples" / "epoch_01.png").write_bytes(b"")
+    for path in (saved, saved / FILE, saved / PREVIOUS, saved / "samples", saved / "samples" / "epoch_01.png"):
+        assert run_folder_of(path) == run_folder_of(str(path)) == saved
+    assert run_folder_of(saved / "absent.pt") == saved / "absent.pt"
+    (saved / FILE).unlink()
+    assert run_folder_of(saved / PREVIOUS) == saved
+
+
+def test_the_script_takes_a_file_of_the_run_and_says_that_it_is_finished(start, experiment):
+    run = Path(start("train_darionet", "--set", "training.epochs=1").out.splitlines()[-1])
+    before = (run / FILE).read_bytes()
+    result = start("train_darionet", "--resume", run / FILE)
+    assert result.code == 0 and "finished" in result.out and "Resumed" not in result.out
+    assert (run / FILE).read_bytes() == before
+    one_line(start("train_darionet", "--resume"), run.name, "finished", "start without --resume")
+
+
+def test_what_may_change_and_what_may_not():
+    before = {
+        "data": {"train": "a", "val": "b", "test": "c", "train_original": "d", "train_fraction": 0.1, "workers": 1},
+        "test": {"batch_size": 60},
+        "training": {"save": True, "seed": 1, "verbose": True, "checkpoint_minutes": 1.0},
+        "classifier": {"architecture": "resnet18", "weights": "a.pt"},
+        "classifier_weights": "0123",
+        "images": {"data.train": "ab", "data.val": "cd"},
+    }
+    free = before | {"data": dict.fromkeys(before["data"], "other"), "test": {"seed": 5}}
+    free["training"] = before["training"] | {"save": False, "verbose": False, "checkpoint_minutes": 3.0}
+    free["classifier"] = before["classifier"] | {"weights": "moved/a.pt"}
+    refuse_changes(before, free)
+    for section, key, value in (
+        ("training", "seed", 2),
+        ("classifier", "architecture", "resnet50"),
+        ("images", "data.val", "ee"),
+        ("images", "data.train", "ee"),
+    ):
+        with pytest.raises(InputError, match=f"{section}.{key}.* set it back"):
+            refuse_changes(before, free | {section: before[section] | {key: value}})
+    with pytest.raises(InputError, match="classifier_weights"):
+        refuse_changes(before, free | {"classifier_weights": "0124"})
+
+
+@pytest.mark.parametrize("version", [1, 3, None])
+def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, monkeypatch, version):
+    monkeypatch.setattr(checkpoint, "VERSION", version)
+    save_checkpoint(tmp_path, state(1))
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"checkpoint\.pt: not a checkpoint of this version.*start a new run"):
+        load_checkpoint(tmp_path)
+
+
+def test_two_runs_do_not_write_the_same_weights(tmp_path, capsys):
+    path, note = tmp_path / "new folder" / "w.pt", tmp_path / "new folder" / "w.pt.training"
+    link = tmp_path / "link.pt"
+    link.symlink_to(path)
+    with subprocess.Popen(["sleep", "60"]) as living, claim(path, "assets/logs/train_1"):
+        with claim(path, "assets/logs/train_2"):  # this process's own, as after a container's restart
+            pass
+        holder = {"host": socket.gethostname(), "pid": living.pid, "run": "assets/logs/train_3"}
+        note.write_text(json.dumps(holder))
+        for name in (path, link):
+            with (
+                pytest.raises(InputError, match=rf"train_3 \(process {living.pid}\).*remove .*w\.pt\.training"),
+                claim(name, "b"),
+            ):
+                pass
+        with claim(tmp_path / "other.pt", "c"):
+            pass
+        living.kill()
+    assert json.loads(note.read_text()) == holder  # not this run's to remove
+    assert capsys.readouterr().out == ""
+    stale = [json.dumps(holder), "", "[1]", json.dumps(holder | {"pid": "x"}), json.dumps(holder | {"pid": -1})]
+    for text in stale:  # its process is gone, or it says nothing
+        note.write_text(text)
+        with pytest.raises(ZeroDivisionError), claim(path, "d"):
+            assert json.loads(note.read_text())["run"] == "d"
+            raise ZeroDivisionError
+        assert not note.exists()
+    note.write_text(json.dumps(holder | {"host": "elsewhere"}))
+    with claim(path, "e"):
+        pass
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and "train_3 on elsewhere" in said[0]

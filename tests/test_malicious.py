@@ -6,11 +6,14 @@ import io
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import draw, one_line
 
 from experiment.checkpoint import FILE, MARK, PREVIOUS, is_whole
+from models.errors import InputError
+from models.weights import load_file, unwrap
 
 
 class RunsMkdir:
@@ -28,6 +31,23 @@ class RunsInState:
 
     def __reduce__(self):
         return dict, (), None, None, iter([("a", RunsMkdir())])
+
+
+class RunsWhenFilled:
+    """Its own method would run when its attributes are set."""
+
+    def __init__(self):
+        self.canary = "canary"
+
+    def __setstate__(self, state):
+        Path(state["canary"]).mkdir()
+
+
+class RunsNumpy:
+    """A function of a package whose objects are read."""
+
+    def __reduce__(self):
+        return np.save, ("canary", 0)
 
 
 def saved(contents: object, **options) -> bytes:
@@ -104,3 +124,21 @@ def test_a_download_folder(start, trained, monkeypatch):
         for call in (["train_darionet"], ["test"], ["try_darionet", "a.png"]):
             one_line(start(*call, *options), path.name, "not a")
             assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("payload", [RunsWhenFilled(), RunsNumpy(), RunsMkdir(), RunsExec(), RunsInState()])
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+def test_beside_whole_weights(tmp_path, monkeypatch, payload, options):
+    """Read or refused, the canary never fires; what is read are the weights."""
+    monkeypatch.chdir(tmp_path)
+    contents = saved({"state_dict": {"weight": torch.ones(3)}, "args": payload}, **options)
+    torch.load(io.BytesIO(contents), weights_only=False)
+    armed = [path.name for path in tmp_path.iterdir()]
+    assert len(armed) == 1 and armed[0].startswith("canary")
+    Path(armed[0]).rename("fired")
+    Path("bad.pt").write_bytes(contents)
+    try:
+        assert unwrap(load_file("bad.pt"), "bad.pt")["weight"].equal(torch.ones(3))
+    except InputError as error:
+        assert "would run code" in str(error)
+    assert {path.name for path in tmp_path.iterdir()} == {"fired", "bad.pt"}

@@ -15,6 +15,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 from models.classifier import save_classifier
+from models.darionet import write_note
 from models.rrdbnet import RRDBNet
 
 
@@ -279,8 +280,7 @@ def test_try_one_image(start, trained):
 
 
 def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
-    note = {"scale": 0.5, "interpolation": "bilinear", "antialias": True}
-    Path("DarioNet.pt.json").write_text(json.dumps(note))
+    write_note("DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True})
     draw("checks", 5).save("a.png")
     for call in (["test"], ["try_darionet", "a.png"]):
         assert "trained for scale 0.5, not 0.32, antialias True, not False" in start(*call).out
@@ -427,7 +427,7 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
 
 
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
-    Path("DarioNet.pt.json").write_text(json.dumps({"scale": 0.32}))
+    write_note("DarioNet.pt", {"scale": 0.32})
     for side, said in ((10, False), (20, True)):
         draw("discs", 1, side).save("icon.png")
         result = start("try_darionet", "--small", "icon.png")

@@ -1,15 +1,27 @@
+import argparse
+import collections
+import datetime
+import decimal
+import fractions
 import hashlib
+import io
 import os
+import pathlib
 import pickle
+import shlex
 import stat
+import sys
+import types
+import warnings
 
+import numpy as np
 import pytest
 import torch
 
-from models.darionet import build_darionet, initial_name, load_rrdbnet, note_of
+from models.darionet import build_darionet, initial_name, load_rrdbnet, note_of, trained_for, write_note
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
-from models.weights import PUBLISHED, generator_size, load_file, load_generator, save_file
+from models.weights import PUBLISHED, generator_size, load_file, load_generator, load_strictly, save_file, unwrap
 
 
 @pytest.fixture
@@ -174,10 +186,187 @@ def test_saved_files_have_the_users_mode(weights, tmp_path):
     assert stat.S_IMODE((tmp_path / "w.pt").stat().st_mode) == 0o640
 
 
-def test_names_of_the_initial_weights(tmp_path):
-    path = tmp_path / "RRDB_PSNR_x4.pth"
+def test_names_of_the_initial_weights(weights, tmp_path):
+    path = tmp_path / "RRDB_PSNR_x4.pt"
+    save_file(weights, path)
     assert initial_name(str(path)) == "ESRGAN"
-    note_of(path).write_text('{"loss": {"logits": 0, "pixels": 1, "features": 0}}')
-    assert initial_name(str(path)) == "Pixels"
-    note_of(path).write_text('{"loss": {"logits": 1, "pixels": 0, "features": 0}}')
-    assert initial_name(str(path)) == "Initial"
+    for loss, name in (({"logits": 0, "pixels": 1}, "Pixels"), ({"logits": 1, "pixels": 0}, "Initial")):
+        write_note(path, {"loss": loss})
+        assert initial_name(str(path)) == name
+
+
+def test_a_note_belongs_to_the_weights_it_was_written_for(weights, tmp_path, capsys):
+    path = tmp_path / "w.pt"
+    save_file(weights, path)
+    write_note(path, {"scale": 0.5, "loss": {"pixels": 1}})
+    assert trained_for(str(path))["scale"] == 0.5 and capsys.readouterr().out == ""
+    note = note_of(path).read_text()
+    hand_written = '{"scale": 0.5, "loss": {"pixels": 1}}'
+    for number, text in ((1, note), (2, hand_written), (3, note.replace('"sha256": "', '"sha256": "0'))):
+        save_file({"other": torch.ones(number)}, path)  # another network's, under the note of the first
+        note_of(path).write_text(text)
+        assert trained_for(str(path)) == {} and initial_name(str(path)) == "ESRGAN"
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 1 and "w.pt.json was written for other weights" in said[0]
+    path.unlink()
+    assert trained_for(str(path)) == {}
+
+
+class Thing:
+    """Of a module that only the program which wrote the file has."""
+
+    def __init__(self, **attributes):
+        self.__dict__.update(attributes)
+
+
+def other_prefix(weights: dict, prefix: str) -> dict:
+    return {prefix + key: tensor for key, tensor in weights.items()}
+
+
+def as_bytes(contents, **options) -> bytes:
+    file = io.BytesIO()
+    torch.save(contents, file, **options)
+    return file.getvalue()
+
+
+def layouts(w: dict) -> dict:
+    """Checkpoints as other programs write them, each of the same weights, beside what has to be left out."""
+    other = {key: tensor + 1 for key, tensor in w.items()}
+    discriminator = {"conv0.weight": torch.ones(3), "conv1.weight": torch.ones(3)}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}
+    lightning = {"pytorch-lightning_version": "2.4.0", "epoch": 3, "callbacks": {}, "optimizer_states": [optimizer]}
+    config = {"model": {"name": "RRDBNet"}, "ema": {"decay": 0.999}, "best": torch.tensor(0.5)}
+    averaged = {"n_averaged": torch.tensor(5), **other_prefix(w, "module.")}
+    return {
+        "compiled": other_prefix(w, "_orig_mod."),
+        "compiled and parallel": other_prefix(w, "module._orig_mod."),
+        "compiled inside": other_prefix(w, "model._orig_mod.module."),
+        "Lightning": lightning | {"state_dict": other_prefix(w, "model.")},
+        "Lightning, two networks": lightning
+        | {"state_dict": other_prefix(w, "generator.") | other_prefix(discriminator, "discriminator.")},
+        "Lightning, a loss": lightning | {"state_dict": other_prefix(w, "net.") | {"criterion.weight": torch.ones(2)}},
+        "Lightning, EMA": lightning | {"state_dict": other_prefix(other, "model.") | other_prefix(w, "ema_model.")},
+        "network.": other_prefix(w, "network."),
+        "BasicSR": {"params": other, "params_ema": w},
+        "BasicSR without EMA": {"params": w},
+        "timm": config | {"state_dict": other, "state_dict_ema": w, "optimizer": optimizer},
+        "names of its own": {"g": w, "d": discriminator, "opt_g": optimizer, "step": 3},
+        "averaged": averaged,
+        "DeepSpeed": {"module": w, "global_steps": 4},
+        "half": {key: tensor.half() for key, tensor in w.items()},
+        "bfloat16": {"state_dict": {key: tensor.bfloat16() for key, tensor in w.items()}},
+        "parameters": {key: torch.nn.Parameter(tensor) for key, tensor in w.items()},
+        "Namespace": {"state_dict": w, "args": argparse.Namespace(lr=1, out=pathlib.Path("a"), b=[1])},
+        "Namespace among them": w | {"args": argparse.Namespace(lr=1), "epoch": 3},
+        "numpy": {"params_ema": w, "psnr": np.float64(3), "curve": np.ones(3), "rng": np.random.get_state()},
+        "odd objects": {
+            "state_dict": w,
+            "hparams": collections.defaultdict(list, a=[1]),
+            "when": datetime.datetime(2026, 1, 1),
+            "space": types.SimpleNamespace(a=1),
+            "own": Thing(a=1, inner=Thing(b=torch.ones(3))),
+            "kinds": frozenset([1]),
+        },
+        "a whole network": built(w),
+        "a whole network in a dictionary": {"model": built(w), "ema": None, "epoch": 1},
+    }
+
+
+def built(weights: dict) -> torch.nn.Module:
+    network = RRDBNet(8, 3, 4)
+    network.load_state_dict(weights)
+    return network
+
+
+LAYOUTS = list(layouts(RRDBNet(8, 3, 4).state_dict()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_checkpoints_in_the_wild(weights, tmp_path, capsys, layout):
+    stored = layouts(weights)[layout]
+    kept = weights if layout not in ("half", "bfloat16") else stored.get("state_dict", stored)
+    before_2020 = {"_use_new_zipfile_serialization": False}
+    for options in [{}] + ([] if "whole" in layout else [before_2020]):
+        (tmp_path / "w.pth").write_bytes(as_bytes(stored, **options))
+        network = load_rrdbnet(str(tmp_path / "w.pth"))
+        assert generator_size(network.state_dict()) == (8, 3, 4)
+        for key, tensor in network.state_dict().items():
+            assert tensor.dtype == torch.float32 and tensor.equal(kept[key].float()), key
+        said = capsys.readouterr().out.splitlines()
+        averaged = {"Lightning, EMA": "ema_model", "BasicSR": "params_ema", "timm": "state_dict_ema"}
+        averaged["numpy"] = "params_ema"
+        assert len(said) == (layout in averaged) and averaged.get(layout, "") in "".join(said)
+
+
+class OwnNetwork(torch.nn.Module):
+    """Names of its own: two networks, one of them under a name that others use as a wrapper; BatchNorm."""
+
+    def __init__(self, alone: bool):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+        if not alone:
+            self.head = torch.nn.Linear(2, 2)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "net."])
+@pytest.mark.parametrize("loss", [False, True])
+def test_a_network_with_names_of_its_own(tmp_path, alone, prefix, loss):
+    network, other = OwnNetwork(alone), OwnNetwork(alone)
+    torch.nn.init.uniform_(network.model[1].running_mean)
+    stored = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    stored = {"state_dict": other_prefix(stored, prefix), "epoch": 1}
+    if loss and prefix in ("model.", "net."):  # beside it, told apart by the prefix
+        stored["state_dict"]["criterion.weight"] = torch.ones(2)
+    load_strictly(other, unwrap(stored, "w.pt"), "w.pt")
+    assert all(tensor.equal(other.state_dict()[key]) for key, tensor in network.state_dict().items())
+    del stored["state_dict"][prefix + "model.1.running_var"]
+    with pytest.raises(InputError, match=r"1\.running_var is missing"):
+        load_strictly(other, unwrap(stored, "w.pt"), "w.pt")
+
+
+def test_safetensors(weights, tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    safetensors.save_file(other_prefix(weights, "model."), path)
+    assert all(tensor.equal(weights[key]) for key, tensor in load_rrdbnet(str(path)).state_dict().items())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a readable weights file"):
+        load_file(path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        load_file(path)
+
+
+def converted(message: str, monkeypatch) -> str:
+    """Runs the command at the end of the message, as a shell would, without the seconds of its imports."""
+    python, option, program, *arguments = shlex.split(message[message.index("python -c") :])
+    assert (python, option, len(arguments)) == ("python", "-c", 2)
+    monkeypatch.setattr(sys, "argv", [option, *arguments])
+    exec(program, {})
+    return arguments[1]
+
+
+def test_what_is_called_is_refused_with_the_command_that_converts_it(weights, tmp_path, monkeypatch):
+    """Each of these would call something of its own; whoever trusts it gets the tensors by the command in the line."""
+    contents = {"state_dict": weights, "share": fractions.Fraction(1, 3), "options": {"a": decimal.Decimal(3)}}
+    torch.save(contents, tmp_path / "my file.pt")
+    torch.save(contents | {"net": built(weights)}, tmp_path / "four.pt", pickle_protocol=4)
+    for path in (tmp_path / "my file.pt", tmp_path / "four.pt"):
+        with pytest.raises(InputError, match=r": not a .* would run code; if you trust it") as error:
+            load_rrdbnet(str(path))
+        assert "\n" not in str(error.value)
+        plain = converted(str(error.value), monkeypatch)
+        assert plain == f"{path}.plain.pt"
+        assert all(v.equal(weights[k]) for k, v in load_rrdbnet(plain).state_dict().items())
+
+
+def test_torchscript_is_converted_by_the_same_command(tmp_path, monkeypatch):
+    path, network = tmp_path / "scripted.pt", torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(network).save(path)
+    with pytest.raises(InputError, match="would run code; if you trust it") as error:
+        load_file(path)
+    plain = load_file(converted(str(error.value), monkeypatch))
+    assert all(tensor.equal(network.state_dict()[key]) for key, tensor in plain.items())
