@@ -72,7 +72,7 @@ def main() -> int:
         draw_figures(arguments.redraw)
         print(arguments.redraw)
         return 0
-    settings = arguments.set + classifier_settings(arguments.classifier)
+    settings = classifier_settings(arguments.classifier) + arguments.set
     parameters = read_parameters(arguments.parameters or "parameters.json", settings)
     with Stopper() as stopper:
         # Set-up
@@ -267,16 +267,16 @@ def draw_figures(folder: Path) -> None:
         classes = read_csv(folder / "classes.csv", CLASSES)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: not the folder of a finished evaluation ({error})") from None
-    plots.results_table(results["variants"], caption(results), folder / "table.png")
     ours = results.get("ours", OURS)
-    plots.f1_difference(classes, folder / "f1_difference.png", ours)
-    plots.f1_density(classes, folder / "f1_density.png", ours)
-    plots.class_bars(classes, folder / "classes.png", ours)
-    plots.decision_strip(rows, folder / "decisions.png", ours)
+    plots.results_table(results["variants"], caption(results), folder / "table.png", ours=ours)
+    plots.f1_difference(classes, folder / "f1_difference.png", ours=ours)
+    plots.f1_density(classes, folder / "f1_density.png", ours=ours)
+    plots.class_bars(classes, folder / "classes.png", ours=ours)
+    plots.decision_strip(rows, folder / "decisions.png", ours=ours)
     curves = Path(results["training_run"] or "") / "curves.png"
     figures = [
         ("The pipeline", folder / "pipeline.png"),
-        ("Results", folder / "table.png"),
+        ("Results", folder / "table.png", ours=ours),
         ("Training", curves),
         ("Right or wrong, image by image", folder / "decisions.png"),
         ("What rebuilding costs, class by class", folder / "f1_difference.png"),

@@ -460,3 +460,33 @@ def flattened(values: dict, prefix: str = "") -> list[str]:
         text = json.dumps(value, ensure_ascii=False)
         lines += flattened(value, f"{name}.") if isinstance(value, dict) else [f"{name:55} {text}"]
     return lines
+
+
+def degradation(rows: list[dict], path: Path) -> None:
+    """Accuracy over the scale, a panel a way of reducing and a line a variant; at one scale a group of bars a way.
+
+    `rows` are those of examples/degradation.py.
+    """
+    ways, names = list(dict.fromkeys(row["reduction"] for row in rows)), list(rows[0]["accuracy"])
+    several = len({row["scale"] for row in rows}) > 1
+    figure, places = subplots(
+        1, len(ways) if several else 1, figsize=(3 * len(ways), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    palette = dict(zip(names, ("#d1700a", "#b5a642", "#7b3fa0", "#0b6fb8", "#1a7f37", "#c0392b"), strict=False))
+    if several:
+        for axes, way in zip(places[0], ways, strict=True):
+            own = sorted((row for row in rows if row["reduction"] == way), key=lambda row: -row["scale"])
+            for name in names:
+                points = [1 / row["scale"] for row in own], [row["accuracy"][name] for row in own]
+                axes.plot(*points, "o-", ms=3, color=palette.get(name), label=name)
+            axes.set_title(way)
+            axes.set_xlabel("times smaller")
+    else:
+        axes = places[0, 0]
+        for i, name in enumerate(names):
+            x = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
+            axes.bar(x, [row["accuracy"][name] for row in rows], 0.8 / len(names), color=palette.get(name), label=name)
+        axes.set_xticks(range(len(rows)), ways)
+    places[0, 0].set_ylabel("accuracy")
+    figure.legend(*places[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
+    save(figure, path)
