@@ -276,7 +276,7 @@ def draw_figures(folder: Path) -> None:
     curves = Path(results["training_run"] or "") / "curves.png"
     figures = [
         ("The pipeline", folder / "pipeline.png"),
-        ("Results", folder / "table.png", ours=ours),
+        ("Results", folder / "table.png"),
         ("Training", curves),
         ("Right or wrong, image by image", folder / "decisions.png"),
         ("What rebuilding costs, class by class", folder / "f1_difference.png"),
