@@ -6,19 +6,20 @@ python img_sampler_train.py --set data.train_fraction=0.3 --overwrite
 """
 
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.sampling import class_folders, list_images, sample, share
+from experiment.sampling import images_by_class, sample, share
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies")
-    parser.add_argument("--overwrite", action="store_true", help="replace a sample of another fraction or seed")
+    parser.add_argument("--overwrite", action="store_true", help="replace a sample of another source, fraction or seed")
     arguments = parser.parse_args()
     data = read_parameters(arguments.parameters or "parameters.json", arguments.set).data
 
-    kept = {}
-    for name in class_folders(data.train_original):
-        kept[name] = share(list_images(f"{data.train_original}/{name}"), data.train_fraction, data.seed, name)
+    kept = {
+        name: share(images, data.train_fraction, data.seed, name)
+        for name, images in images_by_class(data.train_original).items()
+    }
     sample(
         data.train_original,
         {data.train: kept},

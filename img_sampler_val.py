@@ -6,20 +6,19 @@ python img_sampler_val.py --set data.val_fraction=0.2 --overwrite
 """
 
 from experiment.parameters import read_parameters, run_script, script_parser
-from experiment.sampling import class_folders, list_images, refuse_overlap, sample, share
+from experiment.sampling import images_by_class, refuse_overlap, sample, share
 
 
 def main() -> None:
     parser = script_parser(__doc__)
     parser.add_argument("--link", action="store_true", help="hard links instead of copies")
-    parser.add_argument("--overwrite", action="store_true", help="replace a split of another fraction or seed")
+    parser.add_argument("--overwrite", action="store_true", help="replace a split of another source, fraction or seed")
     arguments = parser.parse_args()
     data = read_parameters(arguments.parameters or "parameters.json", arguments.set).data
 
     refuse_overlap(data.test, data.val)
     val, test = {}, {}
-    for name in class_folders(data.val_original):
-        images = list_images(f"{data.val_original}/{name}")
+    for name, images in images_by_class(data.val_original).items():
         val[name] = share(images, data.val_fraction, data.seed, name)
         test[name] = sorted(set(images) - set(val[name]))
     sample(

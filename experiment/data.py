@@ -27,18 +27,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from experiment.runtime import STOP_SIGNALS, Stopper
-from experiment.sampling import HOW_TO_GET_IMAGENET, list_images
+from experiment.sampling import ENDINGS, open_images
 from models.errors import InputError, OneProcessError
 
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "PPM",
-    "BMP",
-    "TIFF",
-    "WEBP",
-    "GIF",
-)  # the decoders that are offered a file, whatever its name
+FORMATS = tuple(dict.fromkeys(ENDINGS.values()))  # the decoders that are offered a file, whatever its name
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
@@ -141,12 +133,8 @@ class ImageTree(Dataset):
     """
 
     def __init__(self, root: str, transform: Transform | None = None):
-        if not os.path.isdir(root):
-            raise InputError(f"{root}: no such folder; {HOW_TO_GET_IMAGENET}")
         self.root = root
-        self.paths = list_images(root)
-        if not self.paths:
-            raise InputError(f"{root}: holds no images; {HOW_TO_GET_IMAGENET}")
+        self.paths = open_images(root)
         self.transform = transform
 
     def __len__(self) -> int:

@@ -92,6 +92,7 @@ READ = {
     "animated.webp": (encoded(plain(), "WEBP", lossless=True, **FRAMES), ((4, 3), RED)),
     "pages.tiff": (encoded(plain(), "TIFF", save_all=True, append_images=[plain(colour=BLUE)]), ((4, 3), RED)),
     "plain.webp": (WEBP, ((4, 3), RED)),
+    "jpeg 2000.jpg": (encoded(plain(size=(16, 16)), "JPEG2000"), ((16, 16), RED)),
     "plain.bmp": (encoded(plain(), "BMP"), ((4, 3), RED)),
     "plain.ppm": (encoded(plain(), "PPM"), ((4, 3), RED)),
     "plain.pgm": (b"P2 4 3 255 " + b"77 " * 12, ((4, 3), (77, 77, 77))),
@@ -126,7 +127,6 @@ REFUSED = {
     "a tga.jpg": (encoded(plain(), "TGA"), NO_IMAGE),
     "an eps.jpg": (encoded(plain(), "EPS"), NO_IMAGE),
     "a pdf.jpg": (encoded(plain(), "PDF"), NO_IMAGE),
-    "jpeg 2000.jpg": (encoded(plain(size=(16, 16)), "JPEG2000"), NO_IMAGE),
     "an xbm.gif": (encoded(plain("1", 1), "XBM"), NO_IMAGE),
     "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_IMAGE),
 }

@@ -115,13 +115,18 @@ def main() -> None:
     choice = {"source": arguments.archive.name, "held_out": arguments.held_out, "classes": sorted(train)}
     for part, classes in parts.items():
         folder = arguments.folder / part
-        prepare_target(folder, choice, classes, overwrite=True)
+        files = {
+            f"{class_name}/{name}": f"{len(contents)} {zlib.crc32(contents)}"
+            for class_name, photographs in classes.items()
+            for name, contents in photographs.items()
+        }
+        prepare_target(folder, choice, files, overwrite=True)
         for class_name, photographs in classes.items():
             (folder / class_name).mkdir(exist_ok=True)
             for name, contents in photographs.items():
                 (folder / class_name / name).write_bytes(contents)
         count = sum(map(len, classes.values()))
-        write_manifest(folder, choice | {"images": count, "complete": True})
+        write_manifest(folder, choice | {"images": count, "complete": True, "files": files})
         print(f"{folder}: {count} photographs of {len(classes)} classes")
 
 
