@@ -128,7 +128,7 @@ def run_folder_of(path: str | Path) -> Path:
 
 
 def latest_run(logs: Path) -> Path:
-    """The unfinished run in `logs` whose checkpoint was written last.
+    """The run in `logs` whose checkpoint was written last, an unfinished one where there is any.
 
     Raises:
         InputError: there is none.
@@ -136,10 +136,7 @@ def latest_run(logs: Path) -> Path:
     runs = runs_with_checkpoint(logs)
     if not runs:
         raise InputError(f"{logs}: no training run with a checkpoint; start without --resume")
-    unfinished = next((run for run in reversed(runs) if not is_finished(run)), None)
-    if unfinished is None:
-        raise InputError(f"{runs[-1]}: the newest run is finished, as every other is; start without --resume")
-    return unfinished
+    return next((run for run in reversed(runs) if not is_finished(run)), runs[-1])
 
 
 def is_finished(run: Path) -> bool:

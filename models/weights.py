@@ -103,12 +103,8 @@ def load_tensors(path: Path) -> object:
         except Exception as error:
             found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             name = found[1] if found else ""
-            if (
-                not found
-                or name in stand_ins
-                or len(stand_ins) == MOST
-                or ("." not in name and not re.match(HARMLESS, name))
-            ):
+            place_is_known = "." in name or re.match(HARMLESS, name)  # a built-in function's name stands alone
+            if not place_is_known or name in stand_ins or len(stand_ins) == MOST:
                 if stand_ins:  # which did not do
                     raise pickle.UnpicklingError(str(error)) from None
                 raise
