@@ -293,7 +293,9 @@ def announce(
     print(f"Reduction: {reduction}; crops: {t.train_crop_size}")
     print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
     print(f"{training.epochs} epochs, batch size {training.batch_size}; {runtime.describe()}")
-    if state.epoch or state.batch:
+    if state.epoch == training.epochs:
+        print("This run is finished: a new one starts without --resume")
+    elif state.epoch or state.batch:
         print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
     print(f"Run folder: {folder}")
 

@@ -227,7 +227,7 @@ def run_to_resume(logs: Path, choice: str | None, kind: str = "train") -> Path |
 
 
 def latest_run(logs: Path, kind: str = "train") -> Path:
-    """The unfinished run KIND_<stamp> in `logs` whose checkpoint was written last.
+    """The run KIND_<stamp> in `logs` whose checkpoint was written last, an unfinished one where there is any.
 
     Raises:
         InputError: there is none.
@@ -235,10 +235,7 @@ def latest_run(logs: Path, kind: str = "train") -> Path:
     runs = runs_with_checkpoint(logs, kind)
     if not runs:
         raise InputError(f"{logs}: no training run with a checkpoint; start without --resume")
-    unfinished = next((run for run in reversed(runs) if not is_finished(run)), None)
-    if unfinished is None:
-        raise InputError(f"{runs[-1]}: the newest run is finished, as every other is; start without --resume")
-    return unfinished
+    return next((run for run in reversed(runs) if not is_finished(run)), runs[-1])
 
 
 def is_finished(run: Path) -> bool:

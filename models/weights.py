@@ -28,17 +28,13 @@ PUBLISHED = {
     "ESRGAN_SRx4_DF2KOST_official-ff704c30.pth": "ff704c30",
     "RealESRGAN_x4plus.pth": "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
 }
-# Names of the entry that holds the weights, and of modules around the network, those of averaged weights first.
-AVERAGED = ("params_ema", "params-ema", "state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
-WRAPPERS = (
-    *AVERAGED,
-    *("params", "state_dict", "model_state_dict", "model_state", "model", "network", "generator", "net", "net_g"),
-    *("netG", "backbone", "weights"),
-)
-PREFIXES = (*WRAPPERS, "layers", "0")
+# Names of the entry that holds the weights, and of modules around the network.
+WRAPPERS = ("params", "state_dict", "model_state_dict", "model_state", "model", "network", "generator", "net", "net_g")
+PREFIXES = (*WRAPPERS, "netG", "backbone", "layers", "0")
 TRANSPARENT = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # torch's own wrappers
 LARGEST = 1024  # features or growth of a generator
 DEEPEST = 20  # dictionaries or modules within others
+MOST = 100  # kinds of objects beside the weights
 # Of these a file may hold whole objects beside the weights; they are read as nothing, and nothing of theirs is run.
 HARMLESS = (
     r"(argparse|collections|datetime|easydict|numpy|omegaconf|pathlib|torch|types|typing|uuid)\."
@@ -107,7 +103,8 @@ def load_tensors(path: Path) -> object:
         except Exception as error:
             found = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
             name = found[1] if found else ""
-            if not found or name in stand_ins or ("." not in name and not re.match(HARMLESS, name)):
+            place_is_known = "." in name or re.match(HARMLESS, name)  # a built-in function's name stands alone
+            if not place_is_known or name in stand_ins or len(stand_ins) == MOST:
                 if stand_ins:  # which did not do
                     raise pickle.UnpicklingError(str(error)) from None
                 raise
@@ -172,23 +169,27 @@ def unwrap(contents: object, path: str | Path, having: Iterable[str] = ()) -> di
     Raises:
         InputError: there is none.
     """
-    chosen = []
-    starts = starts_of(tensors_in(contents), having)
+    chosen, weights = [], tensors_in(contents)
+    starts = starts_of(weights, having)
     if starts:
-        weights = part_of(tensors_in(contents), starts, path)
-    else:
-        for _ in range(DEEPEST):
-            inner = [w for w in WRAPPERS if isinstance(contents, dict) and tensors_in(contents.get(w))]
-            if not inner:
-                break
-            contents = contents[inner[0]]
-            chosen += [inner[0]] if len(inner) > 1 or inner[0] in AVERAGED else []
+        weights = part_of(weights, starts, path)
+    while not starts and len(chosen) < DEEPEST and (inner := entries_of(contents)):
+        contents, chosen = contents[inner[0]], [*chosen, inner[0]]
         weights = tensors_in(contents)
     if not weights or not all(map(is_plain, weights.values())):
         raise InputError(f"{path}: holds no state dict (a dictionary of tensors)")
-    if chosen:
+    if any(map(is_averaged, chosen)):
         say(f"{path}: reading {'.'.join(chosen)}")
     return weights if starts else bare(weights)
+
+
+def entries_of(contents: object) -> list[str]:
+    """The entries of a checkpoint that hold weights, averaged ones first: not counters beside them that are tensors."""
+    entries = contents if isinstance(contents, dict) else {}
+    names = [name for name in entries if isinstance(name, str) and (name in WRAPPERS or is_averaged(name))]
+    counts = {name: len(tensors_in(entries[name])) for name in names if isinstance(entries[name], dict)}
+    names = [name for name, count in counts.items() if count and 2 * count >= max(counts.values())]
+    return sorted(names, key=lambda name: (not is_averaged(name), name not in WRAPPERS or WRAPPERS.index(name)))
 
 
 def tensors_in(contents: object) -> dict[str, Tensor]:
@@ -240,7 +241,7 @@ def bare(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     weights = tensors_in(weights)
     while weights:
         first = next(iter(weights)).partition(".")[0]
-        if first not in PREFIXES or not all(key.startswith(f"{first}.") for key in weights):
+        if not (first in PREFIXES or is_averaged(first)) or not all(key.startswith(f"{first}.") for key in weights):
             break
         weights = {key.removeprefix(f"{first}."): tensor for key, tensor in weights.items()}
     return weights

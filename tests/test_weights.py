@@ -370,3 +370,29 @@ def test_torchscript_is_converted_by_the_same_command(tmp_path, monkeypatch):
         load_file(path)
     plain = load_file(converted(str(error.value), monkeypatch))
     assert all(tensor.equal(network.state_dict()[key]) for key, tensor in plain.items())
+
+
+def test_averaged_weights_of_a_classifier_too(tmp_path, capsys):
+    """Without names to tell networks apart: the entry that holds most, the averaged one first."""
+    network = OwnNetwork(True)
+    own, other = network.state_dict(), {key: tensor + 1 for key, tensor in network.state_dict().items()}
+    counters = {"decay": torch.tensor(0.999), "updates": torch.tensor(3)}
+    for stored, said in (
+        ({"state_dict": own, "ema": counters}, ""),
+        ({"state_dict": other, "net_g_ema": own, "epoch": 1}, "net_g_ema"),
+        ({"ema": {"module": own, "decay": 0.999}, "model": other}, "ema"),
+        ({"model": {"state_dict": own}, "optimizer": {"state": {0: counters}}}, ""),
+        ({"state_dict": other_prefix(other, "model.") | other_prefix(own, "model_ema.")}, "model_ema"),
+    ):
+        target = OwnNetwork(True)
+        load_strictly(target, unwrap(stored, "w.pt"), "w.pt")
+        assert all(tensor.equal(target.state_dict()[key]) for key, tensor in own.items()), said
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == bool(said) and said in "".join(lines)
+
+
+def test_a_file_of_endless_kinds_of_objects(tmp_path):
+    names = "".join(f"cnumpy\nx{i}\n0" for i in range(2000))
+    (tmp_path / "w.pt").write_bytes(b"\x80\x02" + names.encode() + b"N.")
+    with pytest.raises(InputError, match="would run code"):
+        load_file(tmp_path / "w.pt")
