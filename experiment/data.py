@@ -14,14 +14,15 @@ import threading
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
@@ -32,6 +33,8 @@ from models.errors import InputError, OneProcessError
 
 FORMATS = tuple(dict.fromkeys(ENDINGS.values()))  # the decoders that are offered a file, whatever its name
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
+BITS, PHOTOMETRIC, FILL_ORDER, PLANAR, COLOR_MAP, SAMPLE_FORMAT, SUBSAMPLING = 258, 262, 266, 284, 320, 339, 530  # TIFF
+PNG_EXTRAS = 2**20  # bytes of text and of EXIF data
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
@@ -53,8 +56,11 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what it mends: odd EXIF, odd palettes
             with Image.open(path, formats=FORMATS) as image:
+                tags = getattr(image, "tag_v2", {})
+                if tags:
+                    check_tiff(tags, image.mode, image.info["compression"])
                 image.load()
-                return to_rgb(turn_upright(image))
+                return to_rgb(turn_upright(image), tags)
     except UnreadableImage:
         raise
     except OSError as error:
@@ -74,17 +80,83 @@ def turn_upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, tags: Mapping[int, Any] = MappingProxyType({})) -> Image.Image:
+    """What Pillow decoded, of any mode, as 8-bit RGB on white; `tags` are those of a TIFF."""
     if image.mode == "F":
         raise UnreadableImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):  # 16 bits a pixel: scaled and rounded, where Pillow's own conversion clips
-        pixels = np.asarray(image)
-        pixels = pixels.clip(0, 65535) if pixels.dtype.itemsize > 2 else pixels
-        return Image.fromarray(((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
-    if image.mode in ("LA", "PA", "La", "RGBA", "RGBa") or "transparency" in image.info:
+    if image.mode.startswith("I"):
+        return to_8_bits(image, tags).convert("RGB")
+    if image.mode == "P" and max(tags.get(COLOR_MAP, [256])) < 256:  # of 8 bits, where TIFF has 16
+        image.putpalette(np.uint8(tags[COLOR_MAP]).reshape(3, -1).T.tobytes())
+    if image.mode == "La":  # Pillow knows no other way from here
+        image = image.convert("LA")
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
+
+
+def to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
+    """12, 16 or 32 bits of grey scaled and rounded, white is white; Pillow's own conversion clips them."""
+    values = np.asarray(image)
+    bits = tags[BITS][0] if tags else 16
+    grey = values.astype(np.uint32)
+    if bits > 16:
+        grey >>= bits - 16
+    white = 2 ** min(bits, 16) - 1
+    grey *= 255
+    grey += white // 2
+    grey //= white
+    if tags.get(PHOTOMETRIC) == 0:  # white is zero
+        np.subtract(255, grey, out=grey)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))
+
+
+def check_tiff(tags: Mapping[int, Any], mode: str, compression: str) -> None:
+    """Refuses the layouts that Pillow opens and shows wrongly."""
+    raw = compression == "raw"
+    if set(tags.get(SAMPLE_FORMAT, (1,))) == {2}:
+        raise UnreadableImage("signed pixels have no fixed black")
+    if raw and tags.get(PHOTOMETRIC) == 6 and tags.get(SUBSAMPLING, (2, 2)) != (1, 1):
+        raise UnreadableImage("subsampled YCbCr, uncompressed: Pillow shows it wrongly")
+    right = ("1", "L", "P", "I;16", "I;16B", "RGB", "RGBA", "CMYK")
+    as_is = tags.get(PHOTOMETRIC) != 0 and tags.get(FILL_ORDER, 1) == 1 and set(tags.get(BITS, (1,))) == {8}
+    if tags.get(PLANAR, 1) == 2 and (mode not in right or (raw and not as_is)):
+        raise UnreadableImage("each channel by itself, in a layout that Pillow shows wrongly")
+
+
+class PngStream(PngImagePlugin.PngStream):
+    """Reads of a PNG what its first picture needs: other chunks, of any size and damage, are skipped as viewers do."""
+
+    def call(self, cid: bytes, pos: int, length: int) -> bytes:
+        if cid[0] & 32:  # not critical
+            # Some programs write the orientation as text.
+            text = cid in (b"tEXt", b"zTXt", b"iTXt") and self.text_memory < PNG_EXTRAS
+            if length <= PNG_EXTRAS and (text or cid in (b"tRNS", b"eXIf")):
+                with contextlib.suppress(ValueError, SyntaxError):
+                    return super().call(cid, pos, length)
+            self.fp.seek(pos + length)
+            return b""
+        return super().call(cid, pos, length)
+
+    def crc(self, cid: bytes, data: bytes) -> None:
+        if cid[0] & 32:
+            self.fp.read(4)
+        else:
+            super().crc(cid, data)
+
+    def chunk_tRNS(self, pos: int, length: int) -> bytes:
+        found = super().chunk_tRNS(pos, length)
+        if self.im_rawmode == "RGB;16B":
+            raise UnreadableImage("a transparent colour of 16 bits, of which Pillow reads 8")
+        if self.im_rawmode in ("L;2", "L;4"):  # Pillow scales the pixels and not this
+            self.im_info["transparency"] *= {"L;2": 85, "L;4": 17}[self.im_rawmode]
+        return found
+
+
+PngImagePlugin.PngStream = PngStream  # Pillow has no other way to name one
 
 
 class Transform(NamedTuple):

@@ -1,4 +1,12 @@
+import errno
+import multiprocessing
 import os
+import resource
+import shutil
+import signal
+import threading
+import time
+import unicodedata
 
 import numpy as np
 import pytest
@@ -6,7 +14,17 @@ import torch
 from conftest import CLASSES, draw, draw_folder
 from PIL import Image
 
-from experiment.data import NO_LABEL, ImageTree, Transform, UnreadableImage, epoch_batches, make_loader, read_image
+from experiment.data import (
+    NO_LABEL,
+    ImageTree,
+    Transform,
+    UnreadableImage,
+    batches_until_stopped,
+    epoch_batches,
+    make_loader,
+    read_image,
+)
+from experiment.runtime import Stopper, new_run_folder
 from models.errors import InputError
 
 RED = (200, 30, 60)
@@ -185,3 +203,225 @@ def test_absent_and_empty_folders(tmp_path):
     for folder, message in (("nowhere", "no such folder"), ("", "holds no images")):
         with pytest.raises(InputError, match=message):
             ImageTree(str(tmp_path / folder))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_classes_are_compared_in_one_form(tmp_path, form):
+    """An accent is a letter's part on one system and a character of its own on another."""
+    name = unicodedata.normalize(form, "caf\u00e9")
+    for folder in (name, "tea"):
+        (tmp_path / folder).mkdir()
+        draw("discs", 1).save(tmp_path / folder / "a.png")
+    for known in ("NFC", "NFD"):
+        assert ImageTree(str(tmp_path)).targets(["tea", unicodedata.normalize(known, "caf\u00e9")]) == [1, 0]
+
+
+def test_a_fingerprint_sees_contents_and_not_places_or_times(tmp_path):
+    folder = draw_folder(tmp_path / "images", 3)
+    found = ImageTree(str(folder)).fingerprint()
+    shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    assert ImageTree(str(tmp_path / "copy")).fingerprint() == found
+    path = tmp_path / "copy" / CLASSES[0] / "0.png"
+    contents = path.read_bytes()
+    others = [
+        lambda: path.write_bytes(contents[:-20] + bytes(20)),  # of the same size
+        lambda: path.write_bytes(bytes(30) + contents[30:]),
+        lambda: path.write_bytes(contents + b"\0"),
+        lambda: path.rename(path.with_name("a.png")),
+        lambda: shutil.copy(path, path.with_name("a.png")),
+    ]
+    for change in others:
+        path.write_bytes(contents)
+        change()
+        assert ImageTree(str(tmp_path / "copy")).fingerprint() != found
+        path.with_name("a.png").unlink(missing_ok=True)
+    os.mkfifo(path.with_name("pipe.png"))  # and it hangs at nothing
+    path.with_name("nowhere.png").symlink_to("nowhere")
+    assert len(ImageTree(str(tmp_path / "copy")).fingerprint()) == 16
+
+
+class Stubborn(ImageTree):
+    """A tree of which image 7 does what `act` does."""
+
+    act = staticmethod(lambda: time.sleep(1000))
+
+    def __getitem__(self, index: int):
+        if index == 7:
+            self.act()
+        return super().__getitem__(index)
+
+
+@pytest.fixture
+def stubborn(tmp_path) -> Stubborn:
+    return Stubborn(str(draw_folder(tmp_path / "images", 4)), Transform(36, 32))
+
+
+BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_stop_signal_is_heard_while_a_batch_is_waited_for(stubborn, workers, number, code, capfd):
+    """Whatever it waits for; what was delivered before is whole, and no process is left."""
+    began = time.monotonic()
+    with Stopper() as stopper:
+        timer = threading.Timer(0.7, os.kill, (os.getpid(), getattr(signal, number)))
+        timer.start()
+        loader = make_loader(stubborn, BATCHES, workers, False)
+        seen = [batch.indices.tolist() for batch in batches_until_stopped(loader, stopper)]
+        timer.join()
+        assert stopper.code == code
+    assert seen == BATCHES[:3] and time.monotonic() - began < 10
+    assert not multiprocessing.active_children()
+    assert f"{number}: stopping" in capfd.readouterr().err
+
+
+def test_one_of_several_processes_waits_on(stubborn, monkeypatch):
+    """They agree on a stop at their next step; a second Ctrl-C ends the wait."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: time.sleep(1)))
+    with Stopper() as stopper:
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        assert len(list(batches_until_stopped(make_loader(stubborn, BATCHES, 1, False), stopper))) == 6
+        assert stopper.code == 143
+        monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: time.sleep(1000)))
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            list(batches_until_stopped(make_loader(stubborn, BATCHES, 1, False), stopper))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_signal_during_a_step_lets_it_end(stubborn, workers):
+    with Stopper() as stopper:
+        steps = 0
+        for _ in batches_until_stopped(make_loader(stubborn, BATCHES, workers, False), stopper):
+            os.kill(os.getpid(), signal.SIGTERM)
+            steps += 1
+    assert steps == 1
+
+
+def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
+    """By nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopper() as stopper:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopper.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def read_all(dataset: ImageTree, workers: int) -> None:
+    list(make_loader(dataset, BATCHES, workers, False))
+
+
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGBUS", "SIGSEGV"])
+def test_a_worker_that_was_killed(stubborn, monkeypatch, number):
+    monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: os.kill(os.getpid(), getattr(signal, number))))
+    with pytest.raises(InputError, match=rf"killed \({number}\).*data\.workers"):
+        read_all(stubborn, 2)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_leave_stop_signals_to_the_main_process(stubborn, monkeypatch):
+    def hit():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(Stubborn, "act", staticmethod(hit))
+    read_all(stubborn, 2)
+
+
+def test_a_fault_of_the_program_in_a_worker_is_shown(stubborn, monkeypatch):
+    monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: 1 / 0))
+    with pytest.raises(RuntimeError, match="(?s)Traceback.*ZeroDivisionError"):
+        read_all(stubborn, 2)
+
+
+def test_memory_that_a_worker_lacks(stubborn, monkeypatch):
+    def out():
+        raise MemoryError
+
+    monkeypatch.setattr(Stubborn, "act", staticmethod(out))
+    with pytest.raises(MemoryError):
+        read_all(stubborn, 2)
+
+
+def test_batches_need_no_shared_memory(stubborn, monkeypatch):
+    """Of which a container has 64 MB: neither a tensor's storage nor a semaphore."""
+
+    def refuse(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: None))
+    for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
+        monkeypatch.setattr(torch.UntypedStorage, name, refuse)
+    monkeypatch.setattr("_multiprocessing.SemLock", refuse)
+    read_all(stubborn, 2)
+
+
+def test_more_workers_than_open_files(tmp_path):
+    dataset = ImageTree(str(draw_folder(tmp_path / "images", 30)), Transform(36, 32))
+    limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
+    used = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, limits[1]))
+        with pytest.raises(InputError, match=r"64 processes.*Too many open files.*data\.workers.*ulimit -n"):
+            list(make_loader(dataset, [[i] for i in range(90)], 64, False))
+        assert not multiprocessing.active_children()
+        assert len(list(make_loader(dataset, [[i] for i in range(90)], 4, False))) == 90
+        with pytest.raises(OSError, match="Too many open files"):
+            while len(held) < 100:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        with pytest.raises(InputError, match="ulimit -n"):  # no fault of the image's
+            dataset[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for number in held:
+            os.close(number)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+@pytest.mark.parametrize("what", ["multiprocessing.Process.start", "threading.Thread.start"])
+def test_processes_that_the_machine_refuses(stubborn, monkeypatch, number, what):
+    calls = iter([1, 2])
+
+    def refuse(process):
+        if next(calls) == 2:
+            raise OSError(number, os.strerror(number)) if "Process" in what else RuntimeError("can't start new thread")
+        start(process)
+
+    owner, _, name = what.rpartition(".")
+    start = {"multiprocessing.Process": multiprocessing.Process, "threading.Thread": threading.Thread}[owner].start
+    monkeypatch.setattr(what, refuse)
+    with pytest.raises(InputError, match=r"3 processes.*data\.workers.*ulimit -u"):
+        read_all(stubborn, 3)
+    assert not multiprocessing.active_children()
+
+
+def test_run_folders_of_the_same_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        folders = [new_run_folder("train").name for _ in range(5)]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert len(set(folders)) == 5 and folders == sorted(folders)
+    assert abs(time.mktime(time.strptime(folders[0], "train_%Y%m%d-%H%M%S")) - time.mktime(time.gmtime())) < 60
+
+
+@pytest.mark.parametrize("kind", ["a link to nothing", "a loop", "a file", "assets is a link to nothing"])
+def test_a_log_folder_that_is_gone(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    if kind == "assets is a link to nothing":
+        (tmp_path / "assets").symlink_to("purged")
+    else:
+        (tmp_path / "assets").mkdir()
+        logs = tmp_path / "assets" / "logs"
+        logs.write_text("") if kind == "a file" else logs.symlink_to("logs" if kind == "a loop" else "purged")
+    with pytest.raises(InputError, match="assets/logs: a file, or a link"):
+        new_run_folder("train")

@@ -50,15 +50,47 @@ def turned(orientation: int) -> bytes:
     return encoded(image, "PNG", exif=exif)
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, bits: int, kind: int, data: bytes, before: bytes = b"", after: bytes = b"") -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", data) + after + chunk(b"IEND", b"")
+
+
 def png_that_claims(width: int, height: int) -> bytes:
     """A PNG of a few bytes whose header promises any size."""
+    return png(width, height, 8, 2, zlib.compress(b"\0" * 100))
 
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    end = chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + end
+def png_with(before: bytes, after: bytes = b"") -> bytes:
+    """A red PNG of 4 x 3 pixels with these chunks before and after its pixels."""
+    return png(4, 3, 8, 2, zlib.compress((b"\0" + bytes(RED) * 4) * 3), before, after)
+
+
+LONG = zlib.compress(b"prompt " * 300_000)  # 2.1 MB, and Pillow's own limit is 1 MB
+ZTXT, ITXT = chunk(b"zTXt", b"parameters\0\0" + LONG), chunk(b"iTXt", b"workflow\0\1\0\0\0" + LONG)
+UPSIDE_DOWN = b"II*\0\x08\0\0\0\1\0\x12\1\3\0\1\0\0\0\3\0\0\0\0\0\0\0"
+# PNGs whose chunks a viewer passes over: name -> chunks before and after the pixels
+CHUNKS = {
+    "long compressed text": (ZTXT, b""),
+    "long text of all languages": (ITXT, b""),
+    "long text after the pixels": (b"", ZTXT + ITXT),
+    "65 MB of text": (chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(10**6))) * 66, b""),
+    "2 MB of plain text": (chunk(b"tEXt", b"a\0" + b"b" * 2_000_000), b""),
+    "a large profile": (chunk(b"iCCP", b"a\0\0" + LONG), b""),
+    "large EXIF data": (chunk(b"eXIf", b"II*\0" + bytes(2_000_000)), b""),
+    "a large chunk of its own": (chunk(b"prVt", bytes(2_000_000)), b""),
+    "text with a wrong checksum": (chunk(b"tEXt", b"a\0b")[:-1] + b"?", b""),
+    "text packed in another way": (chunk(b"zTXt", b"a\0\7abc"), chunk(b"zTXt", b"a\0\7abc")),
+    "a profile packed in another way": (chunk(b"iCCP", b"a\0\7abc"), b""),
+    "an animation that is cut short": (chunk(b"acTL", b"\0\0"), b""),
+    "an animation out of order": (
+        chunk(b"acTL", struct.pack(">II", 2, 0)) + chunk(b"fcTL", b"\0\0\0\7" * 6 + b"\0\0"),
+        b"",
+    ),
+}
 
 
 FRAMES = {"save_all": True, "append_images": [plain(colour=BLUE)], "duration": 100, "loop": 0}
@@ -103,6 +135,7 @@ READ = {
     "damaged exif.png": (DAMAGED_EXIF, ((4, 3), RED)),
     "without its end.png": (encoded(plain(), "PNG")[:-12], ((4, 3), RED)),  # every pixel is there
     "text after it.png": (encoded(plain(), "PNG") + b"and more", ((4, 3), RED)),
+    **{f"{name}.png": (png_with(*chunks), ((4, 3), RED)) for name, chunks in CHUNKS.items()},
     **{f"orientation {i}.png": (turned(i), ((3, 4) if 5 <= i <= 8 else (4, 3), None)) for i in range(10)},
 }
 REFUSED = {
@@ -224,6 +257,35 @@ def test_what_a_large_image_may_take(tmp_path):
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_text_of_a_png_takes_no_memory(tmp_path):
+    """A quarter of a gigabyte of text, compressed and plain, in a child that may take an eighth."""
+    packed = zlib.compress(bytes(2**28), 1)
+    (tmp_path / "packed.png").write_bytes(
+        png_with(chunk(b"zTXt", b"a\0\0" + packed) + chunk(b"iCCP", b"a\0\0" + packed))
+    )
+    (tmp_path / "plain.png").write_bytes(png_with(chunk(b"tEXt", b"a\0" + bytes(2**28)), chunk(b"prVt", bytes(2**28))))
+    for name in ("packed.png", "plain.png"):
+        pid = os.fork()
+        if not pid:
+            code = 3
+            try:
+                used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+                resource.setrlimit(resource.RLIMIT_AS, (used + 2**27, used + 2**27))
+                code = 0 if read_image(tmp_path / name).getpixel((0, 0)) == RED else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_an_orientation_beside_long_text_counts(tmp_path):
+    image = plain()
+    image.putpixel((0, 0), BLUE)
+    whole = encoded(image, "PNG", exif=b"Exif\0\0" + UPSIDE_DOWN)
+    place = whole.index(b"eXIf") - 4
+    (tmp_path / "a.png").write_bytes(whole[:place] + ZTXT + whole[place:])
+    assert read_image(tmp_path / "a.png").getpixel((3, 2)) == BLUE
 
 
 def listed(folder: Path) -> dict[str, str]:
