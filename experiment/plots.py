@@ -4,16 +4,16 @@ import contextlib
 import json
 import os
 import re
+import sys
 import textwrap
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
 
-try:
-    import matplotlib
-except ValueError:  # MPLBACKEND, as a notebook sets it, names one that is not installed
-    del os.environ["MPLBACKEND"]
-    import matplotlib
+# MPLBACKEND, as a notebook sets it, may name what is not installed: matplotlib could not be imported.
+BACKEND = "" if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", "")
+
+import matplotlib
 import matplotlib.image
 import numpy as np
 from matplotlib.axes import Axes
@@ -35,6 +35,17 @@ matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spin
 matplotlib.rcParams.update({"grid.alpha": 0.3, "figure.dpi": 100, "savefig.dpi": 150})
 # Names of classes and files are shown as they are: "$" and "\\" begin no formula.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]})
+
+
+def use_backend(name: str) -> None:
+    """Has windows opened by the backend that MPLBACKEND names, where matplotlib knows it."""
+    with contextlib.suppress(ValueError):
+        matplotlib.rcParams["backend"] = name
+        os.environ["MPLBACKEND"] = name
+
+
+if BACKEND:
+    use_backend(BACKEND)
 
 
 @lru_cache(maxsize=1)
@@ -306,8 +317,9 @@ def ranking(scores: dict[str, float], count: int) -> tuple[list[tuple[str, str]]
 
     Also a note on ties: how many others have the score of the last one, without being shown.
     """
+    scores = {name: round(score, 9) for name, score in scores.items()}  # 0.1 + 0.2 ties with 0.3
     order = sorted(scores, key=scores.get)
-    values = [round(scores[name], 9) for name in order]
+    values = [scores[name] for name in order]
     ranks = [f"{values.index(value) + 1}{'=' * (values.count(value) > 1)}" for value in values]
     shown = list(zip(order, ranks, strict=True))[:count]
     hidden = sum(value == values[count - 1] for value in values[count:])

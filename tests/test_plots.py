@@ -130,8 +130,7 @@ def test_names_are_shown_as_they_are(tmp_path, texts, no_warnings):
     """Nothing is a formula, a mark-up or a format: in titles, ticks, legends, annotations, tables and the report."""
     draw_all(tmp_path, AWKWARD, ours="$x$_net.pt")
     for name in AWKWARD:
-        said = [text for text in texts if name in text]
-        assert {name} <= set(said) and len(said) > 3, name  # as a title, and with a share or a rank beside it
+        assert {name, f"1= {name}"} <= texts, name  # as a title and as a tick
     assert "$x$_net.pt" in texts and len(list(tmp_path.iterdir())) == 10
 
 
@@ -144,11 +143,8 @@ def test_a_logarithmic_axis_without_formulas(tmp_path, texts, no_warnings):
     assert {"1", "10", "100", "1000", "0.6"} <= texts and not any("$" in text for text in texts)
 
 
-CHINESE, ARABIC, EMOJI = (
-    ["\u732b", "\u72ac"],
-    ["\u0642\u0637\u0629", "\u0643\u0644\u0628"],
-    ["\U0001f9a5", "\U0001fabf"],
-)
+CHINESE, JAPANESE, KOREAN, THAI = ["\u732b", "\u72ac"], ["\u306d\u3053"], ["\ud55c\uad6d"], ["\u0e41\u0e2b"]
+ARABIC, EMOJI = ["\u0642\u0637\u0629", "\u0643\u0644\u0628"], ["\U0001f9a5", "\U0001fabf"]
 NO_TEXT = ["a\udcff", "tab\there"]
 
 
@@ -194,23 +190,21 @@ def made_font(path, characters: str):
     return path
 
 
-@pytest.mark.parametrize(
-    "names", [CHINESE, ["\u306d\u3053", "\u3044\u306c"], ["\ud55c", "\uad6d"], EMOJI, ["\u0e41", "\u0e2b"]]
-)
-def test_scripts_that_a_font_has(tmp_path, texts, no_warnings, fonts, names):
-    fonts(made_font(tmp_path / "Made.ttf", "".join(names)))
+def test_scripts_that_a_font_has(tmp_path, texts, no_warnings, fonts):
+    names = [*CHINESE, *JAPANESE, *KOREAN, *THAI, *EMOJI]
+    fonts(made_font(tmp_path / "Made.ttf", "".join(CHINESE + EMOJI)), made_font(tmp_path / "Other.ttf", "".join(names)))
     draw_all(tmp_path, names)
-    assert set(names) <= texts and "1= " + names[0] in texts
+    assert set(names) <= texts and {f"1= {name}" for name in names} <= texts
 
 
-@pytest.mark.parametrize("names", [CHINESE, EMOJI, NO_TEXT])
-def test_scripts_that_no_font_has(tmp_path, texts, no_warnings, fonts, names):
+def test_scripts_that_no_font_has(tmp_path, texts, no_warnings, fonts):
     """Classes by their numbers, other names by the codes of their characters: told apart, and without warnings."""
+    names = [*CHINESE, *EMOJI, *NO_TEXT]
     fonts()
     draw_all(tmp_path, names)
-    assert {"1= class 0", "1= class 1"} <= texts
     codes = [name.encode("unicode_escape").decode() for name in names]
-    assert set(codes) <= texts and codes[0] != codes[1] and not any(name in text for name in names for text in texts)
+    assert {f"1= class {i}" for i in range(len(names))} | set(codes) <= texts
+    assert not any(name in text for name in names for text in texts)
 
 
 def test_scripts_that_the_plain_font_has(tmp_path, texts, no_warnings, fonts):
@@ -228,10 +222,7 @@ def test_what_a_class_is_called(fonts):
     assert plots.class_label(None, "n01443537", 1) == "n01443537"
 
 
-@pytest.mark.parametrize(
-    "backend",
-    ["module://matplotlib_absent.backend_inline", "nonsense", "inlin", "", "TkAgg", "agg", "template", "\u732b"],
-)
+@pytest.mark.parametrize("backend", ["module://matplotlib_absent.backend_inline", "nonsense"])
 def test_a_backend_that_is_not_there(tmp_path, backend):
     """Figures are files; where no window can be had there is none."""
     script = """
@@ -271,10 +262,7 @@ def test_ties_are_said():
     )
     assert plots.ranking({"a": 0.1, "b": 0.2}, 10) == ([("a", "1"), ("b", "2")], "no ties")
     assert plots.ranking({"a": 0.1}, 10) == ([("a", "1")], "no ties")
-    assert plots.ranking(dict.fromkeys("abc", 1.0), 2) == (
-        [("a", "1="), ("b", "1=")],
-        "2 of 2 tie (=), 1 more tie with the last",
-    )
+    assert plots.ranking(dict.fromkeys("abc", 1.0), 2)[1] == "2 of 2 tie (=), 1 more tie with the last"
 
 
 def test_one_image_a_class(tmp_path, texts):
@@ -298,13 +286,9 @@ def test_one_image_a_class(tmp_path, texts):
 
 
 def test_only_classes_that_gain_are_shown_as_improved(tmp_path, texts):
-    classes = class_rows(
-        ["up", "same", "down"],
-        ["up", "same", "down"],
-        Original=[0.9, 0.5, 0.1],
-        Bilinear=[0.1, 0.5, 0.9],
-        DarioNet=[0.5] * 3,
-    )
+    names = ["up", "same", "down"]
+    f1 = {"Original": [0.9, 0.5, 0.1], "Bilinear": [0.1, 0.5, 0.9], "DarioNet": [0.5] * 3}
+    classes = class_rows(names, names, **f1)
     plots.class_bars(classes, tmp_path / "classes.png")
     assert {"1 up", "1= up", "1= same", "1= down"} <= texts and not {"2 same", "3 down", "2 down"} & texts
 
@@ -318,12 +302,9 @@ def test_figures_of_what_is_there(tmp_path, left_out, no_warnings):
     plots.f1_density(classes, tmp_path / "f1_density.png")
     plots.class_bars(classes, tmp_path / "classes.png")
     plots.decision_strip(rows, tmp_path / "decisions.png")
-    drawn = {
-        "Original": {"classes"},
-        "Bilinear": {"f1_difference", "f1_density", "classes"},
-        "DarioNet": {"f1_difference"},
-    }
-    assert {path.stem for path in tmp_path.iterdir()} == drawn[left_out] | {"decisions"}
+    drawn = {"Original": {"classes"}, "Bilinear": {"f1_difference", "f1_density", "classes"}}
+    expected = drawn.get(left_out, {"f1_difference"}) | {"decisions"}
+    assert {path.stem for path in tmp_path.iterdir()} == expected
 
 
 @pytest.mark.parametrize("f1", [0.0, 1.0, 0.5])
@@ -334,11 +315,8 @@ def test_few_classes_all_right_and_all_wrong(tmp_path, no_warnings, f1, names):
     plots.f1_difference(classes, tmp_path / "f1_difference.png")
     plots.f1_density(classes, tmp_path / "f1_density.png")
     plots.class_bars(classes, tmp_path / "classes.png")
-    right = int(f1)
-    plots.decision_strip(
-        [{"image": "a", "variant": v, "correct": right} for v in ("Original", "DarioNet", "Bilinear")],
-        tmp_path / "d.png",
-    )
+    rows = [{"image": "a", "variant": v, "correct": int(f1)} for v in ("Original", "DarioNet", "Bilinear")]
+    plots.decision_strip(rows, tmp_path / "decisions.png")
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -357,9 +335,10 @@ def test_nothing_to_draw(tmp_path, no_warnings):
 
 def test_a_report_of_many_lines(tmp_path, texts):
     """Long lines are broken and long lists turned over, not cut off at the paper's edge."""
-    parameters = {"section": {f"key_{i}": "x" * 250 for i in range(40)}}
+    rng = np.random.default_rng(0)
+    parameters = {"section": {f"key_{i}": "".join(rng.choice([*"qxz"], 250)) for i in range(40)}}
     plots.report("title", "a " * 300, parameters, [], tmp_path / "report.pdf")
-    assert sum(text.count("x") for text in texts) == 40 * 250 and max(map(len, texts)) < 110
+    assert sum(text.count(letter) for text in texts for letter in "qxz") == 40 * 250 and max(map(len, texts)) < 110
     assert (tmp_path / "report.pdf").read_bytes().count(b"/Type /Page ") >= 3
 
 
