@@ -1,23 +1,30 @@
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from conftest import CLASSES
 from tqdm import tqdm
 
+from benchmarks.correctness import loss_of, pipeline_of
+from experiment.checkpoint import State
 from experiment.data import Batch
 from experiment.distillation import (
+    TERMS,
     Losses,
-    Progress,
+    Views,
     distillation_loss,
+    ema_update,
     learning_rate_at,
     psnr_db,
-    train_epoch,
-    unreadable_check,
+    refuse_unreadable,
+    step,
+    validate,
 )
+from experiment.parameters import LossSection
 from experiment.runtime import Runtime, Stopper
-from models.classifier import FrozenClassifier
+from models.classifier import open_classifier
 from models.errors import InputError
 from models.pipeline import Pipeline
 from models.rrdbnet import RRDBNet
@@ -28,33 +35,85 @@ CPU = Runtime(torch.device("cpu"), "float32")
 @pytest.fixture
 def pipeline(experiment) -> Pipeline:
     torch.manual_seed(0)
-    return Pipeline("DarioNet", FrozenClassifier("resnet18", "classifier.pt"), upscaler=RRDBNet(8, 1, 4))
+    classifier = open_classifier("resnet18", "classifier.pt")
+    classifier.require(32, "side")
+    return pipeline_of(classifier, RRDBNet(8, 1, 4))
 
 
-def test_loss_is_its_formula(pipeline):
+def test_every_term_is_its_formula(pipeline):
     images = torch.rand(3, 3, 32, 32)
     rebuilt, logits = pipeline(images)[1:]
-    unclamped = pipeline.restore(pipeline.reduce(images), (32, 32), clamp=False)
-    expected_logits = (logits - pipeline.classifier(images)).square().mean()
-    expected_pixels = (unclamped - images).abs().mean()
-    features = [pipeline.classifier.logits_and_features(x)[1] for x in (rebuilt, images)]
-    expected_features = (features[0] - features[1]).square().mean()
+    unclamped = pipeline.restore(pipeline.reduce(images), (32, 32))
+    looks = [pipeline.classifier.look(x) for x in (rebuilt, images)]
+    shares = [(a - b).square().mean() / b.var() for a, b in zip(looks[0].maps, looks[1].maps, strict=True)]
+    expected = {
+        "logits": (logits - pipeline.classifier(images)).square().mean(),
+        "pixels": (unclamped - images).abs().mean(),
+        "features": (looks[0].features - looks[1].features).square().mean(),
+        "maps": sum(shares) / len(shares),
+    }
+    assert len(shares) == 4 and set(expected) == set(TERMS) == set(LossSection.model_fields)
+    for name, value in expected.items():
+        losses = loss_of(pipeline, images, **{name: 1.0})
+        torch.testing.assert_close(losses.total, value)
+        torch.testing.assert_close(losses.terms, {name: value})
+    weights = {"logits": 2.0, "pixels": 3.0, "features": 0.5, "maps": 4.0}
+    mixed = sum(weights[name] * value for name, value in expected.items())
+    losses = loss_of(pipeline, images, **weights)
+    torch.testing.assert_close(losses.total, mixed)
+    torch.testing.assert_close(losses.psnr_db, psnr_db(rebuilt, images))
+    assert losses.rebuilt is None
 
-    def loss(**weights):
-        return distillation_loss(pipeline, images, **{"logits": 0, "pixels": 0, "features": 0, **weights}).total
 
-    torch.testing.assert_close(loss(logits=1), expected_logits)
-    torch.testing.assert_close(loss(pixels=1), expected_pixels)
-    torch.testing.assert_close(loss(features=1), expected_features)
-    mixed = 2 * expected_logits + 3 * expected_pixels + 0.5 * expected_features
-    torch.testing.assert_close(loss(logits=2, pixels=3, features=0.5), mixed)
-    squared = distillation_loss(pipeline, images, logits=1, pixels=0, features=0).squared_error
-    torch.testing.assert_close(squared, (rebuilt - images).square().mean())
+def test_several_teachers_are_averaged_and_the_first_is_reported(pipeline):
+    other = copy.deepcopy(pipeline.classifier)
+    other.network.fc.weight.mul_(2)
+    images, small = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 10, 10)
+    options = {"weights": {"logits": 1.0}, "with_logits": True}
+    one, two, both = (
+        distillation_loss(images, small, pipeline.restore, teachers, **options)
+        for teachers in ([pipeline.classifier], [other], [pipeline.classifier, other])
+    )
+    torch.testing.assert_close(both.total, (one.total + two.total) / 2)
+    assert both.rebuilt.equal(one.rebuilt) and both.original.equal(one.original)
+
+
+def test_views_compute_what_is_asked_for_once(pipeline):
+    calls = []
+
+    def restore(small, size):
+        calls.append(size)
+        return pipeline.restore(small, size)
+
+    images = torch.rand(2, 3, 32, 32)
+    views = Views(images, pipeline.reduce(images), restore, [pipeline.classifier])
+    assert not calls
+    for term in TERMS.values():
+        term(views)
+    assert calls == [(32, 32)]
+    distillation_loss(images, pipeline.reduce(images), restore, [], {"pixels": 1.0})  # asks no teacher
+
+
+def test_a_clamp_that_passes_gradients(pipeline):
+    unclamped = torch.tensor([[-0.5, 0.5, 1.5]]).repeat(3, 1)[None].requires_grad_()
+    for clamp_gradient, expected in ((True, [0.0, 1.0, 0.0]), (False, [1.0, 1.0, 1.0])):
+        views = Views(unclamped.detach(), unclamped.detach(), lambda small, size: unclamped, [], clamp_gradient)
+        assert views.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
+        (gradient,) = torch.autograd.grad(views.rebuilt.sum(), unclamped)
+        assert gradient[0, 0, 0].tolist() == expected
+
+
+def test_averaged_weights_start_at_the_first_and_then_move_slowly():
+    average, value = [torch.zeros(2)], [torch.ones(2)]
+    ema_update(average, value, torch.tensor(0), 0.99)
+    assert average[0].tolist() == pytest.approx([0.9, 0.9])  # 1 - 1 / 10
+    ema_update(average, [torch.zeros(2)], torch.tensor(10**6), 0.99)
+    assert average[0].tolist() == pytest.approx([0.9 * 0.99] * 2)
 
 
 def test_gradient_reaches_every_weight_of_the_network_and_none_of_the_teacher(pipeline):
-    distillation_loss(pipeline, torch.rand(2, 3, 32, 32), logits=1, pixels=0, features=1).total.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.upscaler.parameters())
+    loss_of(pipeline, torch.rand(2, 3, 32, 32), logits=1.0, features=1.0, maps=1.0).total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.restore.network.parameters())
     assert all(p.grad is None for p in pipeline.classifier.parameters())
 
 
@@ -66,28 +125,29 @@ def test_learning_rates():
     assert learning_rate_at(100, 100, 2.0, "cosine", 0) == pytest.approx(0)
 
 
-def test_psnr():
-    assert psnr_db(0.01) == pytest.approx(20) and psnr_db(1) == 0 and psnr_db(0) == 100
+def test_psnr_of_each_image():
+    images = torch.zeros(3, 3, 4, 4)
+    found = psnr_db(torch.stack([images[0] + 0.1, images[0] + 1, images[0]]), images)
+    assert found.tolist() == pytest.approx([20, 0, 100])
 
 
-def run_epoch(pipeline, loss, batches: list[Batch], progress: Progress, check=lambda found: None, scaler=None) -> None:
-    optimizer = torch.optim.Adam(pipeline.upscaler.parameters(), lr=1e-3)
+def run_epoch(pipeline, loss, batches: list[Batch], state: State, scaler=None, rate: float = 1e-3) -> None:
+    """Steps on all batches; `loss` maps (pipeline, images) to Losses."""
+    network = pipeline.restore.network
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
-    train_epoch(
-        pipeline,
-        loss,
-        optimizer,
-        scaler,
-        batches,
-        CPU,
-        progress,
-        learning_rate=lambda batch: 1e-3,
-        gradient_clip_norm=1.0,
-        check_unreadable=check,
-        after_step=lambda: None,
-        stopper=Stopper(),
-        bar=tqdm(disable=True),
-    )
+    for batch in batches:
+        done = step(
+            batch,
+            lambda images, indices: loss(pipeline, images),
+            network,
+            optimizer,
+            scaler,
+            CPU,
+            learning_rate=rate,
+            clip_norm=1.0,
+        )
+        state.count(done, 1.0)
 
 
 def drawn_batches(count: int) -> list[Batch]:
@@ -105,17 +165,13 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline):
-    network, teacher = weights_of(pipeline.upscaler), weights_of(pipeline.classifier)
-
-    def loss(pipeline, images):
-        return distillation_loss(pipeline, images, logits=1, pixels=0, features=1)
-
-    progress = Progress()
+    network, teacher = weights_of(pipeline.restore.network), weights_of(pipeline.classifier)
+    state = State()
     pipeline.train()
-    run_epoch(pipeline, loss, drawn_batches(3), progress)
+    run_epoch(pipeline, partial(loss_of, logits=1.0, features=1.0, maps=1.0), drawn_batches(3), state)
     assert same(teacher, weights_of(pipeline.classifier))
-    assert not same(network, weights_of(pipeline.upscaler))
-    assert (progress.batch, progress.images, progress.skipped) == (3, 6, 0)
+    assert not same(network, weights_of(pipeline.restore.network))
+    assert (state.batch, state.images, state.skipped, state.seconds) == (3, 6, 0, 3.0)
 
 
 def bad_loss(good_after: int):
@@ -123,88 +179,119 @@ def bad_loss(good_after: int):
     calls = []
 
     def loss(pipeline, images):
-        losses = distillation_loss(pipeline, images, logits=0, pixels=1, features=0)
+        losses = loss_of(pipeline, images, pixels=1.0)
         calls.append(1)
         factor = math.nan if len(calls) <= good_after else 1.0
-        return Losses(losses.total * factor, losses.squared_error, None, None)
+        return Losses(losses.total * factor, {}, losses.psnr_db)
 
     return loss
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_not_taken(pipeline):
-    before, progress = weights_of(pipeline.upscaler), Progress()
-    run_epoch(pipeline, bad_loss(9), drawn_batches(9), progress)
-    assert same(before, weights_of(pipeline.upscaler))
-    assert (progress.skipped, progress.images) == (9, 0)
-    run_epoch(pipeline, bad_loss(0), drawn_batches(1), progress)
-    assert not same(before, weights_of(pipeline.upscaler)) and progress.bad_in_a_row == 0
+    before, state = weights_of(pipeline.restore.network), State()
+    run_epoch(pipeline, bad_loss(9), drawn_batches(9), state)
+    assert same(before, weights_of(pipeline.restore.network))
+    assert (state.skipped, state.images) == (9, 0)
+    run_epoch(pipeline, bad_loss(0), drawn_batches(1), state)
+    assert not same(before, weights_of(pipeline.restore.network)) and state.bad_in_a_row == 0
 
 
 def test_ten_in_a_row_stop_the_run(pipeline):
     with pytest.raises(InputError, match="not finite 10 times in a row"):
-        run_epoch(pipeline, bad_loss(99), drawn_batches(12), Progress())
+        run_epoch(pipeline, bad_loss(99), drawn_batches(12), State())
 
 
 def test_overflow_of_scaled_gradients(pipeline):
     """The scale settles over as many steps as it takes; gradients that overflow at a scale under 1 are a fault."""
 
     def loss(pipeline, images):
-        losses = distillation_loss(pipeline, images, logits=0, pixels=1, features=0)
+        losses = loss_of(pipeline, images, pixels=1.0)
         losses.total = losses.total * 1e10  # times 2 ** 106 it is far over float32's range
         return losses
 
-    before, progress = weights_of(pipeline.upscaler), Progress()
+    before, state = weights_of(pipeline.restore.network), State()
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**106)
-    run_epoch(pipeline, loss, drawn_batches(30), progress, scaler=scaler)
-    assert 10 < progress.skipped < 30 and progress.bad_in_a_row == 0 and progress.images == 2 * (30 - progress.skipped)
-    assert not same(before, weights_of(pipeline.upscaler)) and 1 < scaler.get_scale() < 2.0**96
+    run_epoch(pipeline, loss, drawn_batches(30), state, scaler=scaler)
+    assert 10 < state.skipped < 30 and state.bad_in_a_row == 0 and state.images == 2 * (30 - state.skipped)
+    assert not same(before, weights_of(pipeline.restore.network)) and 1 < scaler.get_scale() < 2.0**96
 
     def always(pipeline, images):
-        losses = loss(pipeline, images)
-        losses.total = (
-            losses.total + (pipeline.upscaler.conv_last.bias.sum() - pipeline.upscaler.conv_last.bias.sum()).sqrt()
-        )
+        losses, bias = loss(pipeline, images), pipeline.restore.network.conv_last.bias
+        losses.total = losses.total + (bias.sum() - bias.sum()).sqrt()
         return losses
 
     with pytest.raises(InputError, match="not finite 10 times in a row"):
-        run_epoch(pipeline, always, drawn_batches(20), Progress(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        run_epoch(pipeline, always, drawn_batches(20), State(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
 
 
 def test_an_unreadable_image_leaves_the_gradient_of_the_others(pipeline):
     """A batch of three with one that can't be read is the batch of two."""
     twin = copy.deepcopy(pipeline)
-    batch = drawn_batches(1)[0]
-
-    def loss(pipeline, images):
-        return distillation_loss(pipeline, images, logits=0, pixels=1, features=0)
-
-    progress = Progress()
-    run_epoch(pipeline, loss, [Batch(batch.images, batch.indices, [(7, "broken")])], progress)
-    run_epoch(twin, loss, [batch], Progress())
-    assert same(weights_of(pipeline.upscaler), weights_of(twin.upscaler))
-    assert progress.unreadable == {7: "broken"}
+    batch, loss, state = drawn_batches(1)[0], partial(loss_of, pixels=1.0), State()
+    run_epoch(pipeline, loss, [Batch(batch.images, batch.indices, [(7, "broken")])], state)
+    run_epoch(twin, loss, [batch], State())
+    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network))
+    assert state.unreadable == {7: "broken"}
     nothing = Batch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.long), [(1, "x")])
-    run_epoch(pipeline, loss, [nothing], progress)
-    assert same(weights_of(pipeline.upscaler), weights_of(twin.upscaler)) and progress.batch == 2
+    run_epoch(pipeline, loss, [nothing], state)
+    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network)) and state.batch == 2
+
+
+def test_a_state_comes_back_whole():
+    state = State(epoch=2, batch=7, best=0.5, history=[{"epoch": 1}], unreadable={3: "broken"}, bad_in_a_row=4)
+    other = State()
+    other.load_state_dict(state.state_dict())
+    assert other == state
+    scores = {"val_loss": 0.25, "val_psnr_db": 20.0, "val_accuracy": None, "val_agreement": 1.0, "val_unreadable": 0}
+    row, improved = other.end_epoch(1e-4, scores)
+    assert improved and row["epoch"] == 3 and row["val_loss"] == 0.25
+    history, unreadable = [{"epoch": 1}, row], {3: "broken"}
+    assert other == State(epoch=3, best=0.25, history=history, unreadable=unreadable, bad_in_a_row=4)
+
+
+def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
+    batches, calls = drawn_batches(2), []
+
+    def restore(small, size):
+        calls.append(1)
+        return pipeline.restore(small, size)
+
+    def loss(images, indices):
+        small = pipeline.reduce(images)
+        return distillation_loss(images, small, restore, [pipeline.classifier], {"pixels": 1.0}, with_logits=True)
+
+    images = torch.cat([batch.images for batch in batches]).float() / 255
+    targets = pipeline.classifier(images).argmax(1).tolist()
+    batches = [Batch(b.images, torch.arange(2) + 2 * i, []) for i, b in enumerate(batches)]
+    scores = validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
+    assert len(calls) == 2
+    with torch.no_grad():
+        rebuilt, logits = pipeline(images)[1:]
+    assert scores["val_psnr_db"] == pytest.approx(psnr_db(rebuilt, images).mean().item(), abs=1e-3)
+    agreeing = sum(a == b for a, b in zip(logits.argmax(1).tolist(), targets, strict=True))
+    assert scores["val_accuracy"] == scores["val_agreement"] == agreeing / 4
+    with torch.no_grad():
+        pipeline.classifier.network.fc.weight.fill_(math.nan)
+    with pytest.raises(InputError, match="not finite"):
+        validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
 
 
 @pytest.mark.parametrize(("count", "bad", "stops"), [(1000, 300, False), (1001, 1, False), (1001, 2, True)])
 def test_how_many_may_be_unreadable(count, bad, stops):
-    check = unreadable_check(["all"] * count)
     found = dict.fromkeys(range(bad), "broken")
     if stops:
         with pytest.raises(InputError, match=f"{bad} of {count} training images can't be read"):
-            check(found)
+            refuse_unreadable(found, ["all"] * count)
     else:
-        check(found)
+        refuse_unreadable(found, ["all"] * count)
 
 
 def test_a_class_left_empty_stops_the_run():
-    check = unreadable_check(["a", "a", "b", "b"])
-    check({0: "x", 2: "y"})
+    folders = ["a", "a", "b", "b"]
+    refuse_unreadable({0: "x", 2: "y"}, folders)
     with pytest.raises(InputError, match="no image of b can be read"):
-        check({0: "x", 2: "y", 3: "z"})
+        refuse_unreadable({0: "x", 2: "y", 3: "z"}, folders)
 
 
 def test_classes_of_the_experiment(experiment):
-    assert FrozenClassifier("resnet18", "classifier.pt").class_names == CLASSES
+    assert open_classifier("resnet18", "classifier.pt").class_names == CLASSES

@@ -1,15 +1,18 @@
 import json
+import sys
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, get_model
 
-from models.classifier import LABELS_FILE, FrozenClassifier, save_classifier
+from benchmarks.correctness import drawn_images
+from models.classifier import LABELS_FILE, FrozenClassifier, head_of, open_classifier, quick, save_classifier
 from models.errors import InputError
-from models.pipeline import Pipeline
+from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.scaler import Scaler, reduced_length
+from models.scaler import Jpeg, Reduction, Scaler, reduced_length
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +21,7 @@ def classifier(tmp_path_factory) -> FrozenClassifier:
     path = tmp_path_factory.mktemp("classifier") / "c.pt"
     network = get_model("resnet18", weights=None, num_classes=5)
     save_classifier(network.state_dict(), list("abcde"), path, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    return FrozenClassifier("resnet18", str(path))
+    return open_classifier("resnet18", str(path))
 
 
 # Scaler
@@ -131,12 +134,12 @@ def test_cannot_be_woken(classifier):
     classifier.train()
     assert not any(module.training for module in classifier.modules())
     assert not any(p.requires_grad for p in classifier.parameters())
-    Pipeline("x", classifier).train()
+    Pipeline("x", classifier, unchanged, unchanged).train()
     assert not any(module.training for module in classifier.modules())
 
 
 def test_features_are_what_the_last_layer_reads(classifier):
-    logits, features = classifier.logits_and_features(torch.rand(2, 3, 40, 40))
+    logits, features, _ = classifier.look(torch.rand(2, 3, 40, 40))
     assert features.shape == (2, 512)
     torch.testing.assert_close(classifier.network.fc(features), logits)
 
@@ -145,7 +148,7 @@ def test_features_are_what_the_last_layer_reads(classifier):
 def test_head_size_is_read_from_any_architecture(architecture, tmp_path):
     network = get_model(architecture, weights=None, num_classes=7)
     save_classifier(network.state_dict(), list("abcdefg"), tmp_path / "c.pt")
-    frozen = FrozenClassifier(architecture, str(tmp_path / "c.pt"))
+    frozen = open_classifier(architecture, str(tmp_path / "c.pt"))
     side = 224 if architecture == "vit_b_16" else 64
     assert frozen(torch.rand(1, 3, side, side)).shape == (1, 7)
 
@@ -166,9 +169,9 @@ def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monke
     network = get_model("squeezenet1_1", weights=None)
     torch.save(network.state_dict(), tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
     with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth: not the file published under this name"):
-        FrozenClassifier("squeezenet1_1", "IMAGENET1K_V1")
+        open_classifier("squeezenet1_1", "IMAGENET1K_V1")
     monkeypatch.setattr("models.weights.sha256_of", lambda path: "b8a52dc0" + 56 * "0")
-    frozen = FrozenClassifier("squeezenet1_1", "IMAGENET1K_V1")
+    frozen = open_classifier("squeezenet1_1", "IMAGENET1K_V1")
     assert frozen.class_names[207] == "n02099601" and frozen.labels[207] == "golden retriever"
     assert frozen.network.features[0].weight.equal(network.features[0].weight)
 
@@ -183,7 +186,7 @@ def test_without_network_it_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     with pytest.raises(InputError, match=r"put the file resnet50-0676ba61\.pth into .*checkpoints"):
-        FrozenClassifier("resnet50", "IMAGENET1K_V1")
+        open_classifier("resnet50", "IMAGENET1K_V1")
 
 
 @pytest.mark.parametrize(
@@ -196,16 +199,16 @@ def test_without_network_it_says_which_file_to_put_where(tmp_path, monkeypatch):
 )
 def test_what_torchvision_does_not_know(architecture, weights, message):
     with pytest.raises(InputError, match=message):
-        FrozenClassifier(architecture, weights)
+        open_classifier(architecture, weights)
 
 
 def test_weights_of_another_architecture(tmp_path):
     path = tmp_path / "c.pt"
     save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b"], path)
     with pytest.raises(InputError, match=r"layer1.0.conv1.weight is \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"):
-        FrozenClassifier("resnet50", str(path))
+        open_classifier("resnet50", str(path))
     with pytest.raises(InputError, match=r"heads\.head\.weight is missing"):
-        FrozenClassifier("vit_b_16", str(path))
+        open_classifier("vit_b_16", str(path))
 
 
 @pytest.mark.parametrize("values", ["text", 0.5, (0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, float("nan"))])
@@ -213,7 +216,211 @@ def test_a_normalisation_that_is_none(tmp_path, values):
     state = get_model("resnet18", weights=None, num_classes=2).state_dict()
     torch.save({"state_dict": state, "class_names": ["a", "b"], "std": values}, tmp_path / "c.pt")
     with pytest.raises(InputError, match="mean and std have to be three numbers"):
-        FrozenClassifier("resnet18", str(tmp_path / "c.pt"))
+        open_classifier("resnet18", str(tmp_path / "c.pt"))
+
+
+# Any classifier
+
+
+class OwnNetwork(nn.Module):
+    """A network that neither torchvision nor timm defines."""
+
+    def __init__(self, classes: int = 3, dropout: float = 0.0):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
+        self.head = nn.Linear(8, classes)
+        self.dropout = dropout
+
+    def forward(self, x):
+        x = self.body(self.stem(x)).mean((2, 3))
+        return self.head(F.dropout(x, self.dropout))  # always on: F.dropout's default is training
+
+
+def test_any_network_is_a_classifier():
+    network = OwnNetwork()
+    classifier = FrozenClassifier(network, ["cat", "dog", "fox"], (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images = torch.rand(2, 3, 32, 32)
+    assert classifier(images).equal(network((images - 0.5) / 0.25))
+    classifier.require(32, "key")
+    assert classifier.head == "head" and classifier.maps == ("stem", "body")
+    named = FrozenClassifier(network, ["cat", "dog", "fox"], head="head", maps=["stem.0"])
+    assert [tuple(m.shape) for m in named.look(images).maps] == [(2, 8, 16, 16)]
+    with pytest.raises(InputError, match="no layer 'tail'"):
+        FrozenClassifier(network, ["cat", "dog", "fox"], maps=["tail"])
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "vgg11", "swin_t"])
+def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
+    network = get_model(architecture, weights=None, num_classes=4, **quick(architecture)).eval()
+    classifier = FrozenClassifier(network, list("abcd"))
+    classifier.require(64, "key")
+    images = torch.rand(1, 3, 64, 64)
+    plain = classifier.look(images)
+    assert len(plain.maps) >= 3
+    assert len({m.shape[-1] if m.shape[-1] == m.shape[-2] else m.shape[1] for m in plain.maps}) == len(plain.maps)
+    assert plain.logits.equal(classifier(images)) and not classifier.seen
+    with torch.autocast("cpu", torch.bfloat16):
+        low = classifier.look(images)
+    assert all(m.dtype == torch.float32 for m in low.maps)
+    for found, expected in zip(low.maps, plain.maps, strict=True):
+        assert found.shape == expected.shape and (found - expected).norm() < 0.1 * expected.norm()
+
+
+def test_the_maps_of_known_networks():
+    wanted = {
+        "resnet18": ("relu", "layer1", "layer2", "layer3"),
+        "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13"),
+    }
+    for architecture, layers in wanted.items():
+        classifier = FrozenClassifier(get_model(architecture, weights=None, num_classes=2).eval(), ["a", "b"])
+        classifier.require(64, "key")
+        assert classifier.maps == layers
+
+
+def test_folding_leaves_alone_what_a_hook_or_a_class_of_ones_own_changes():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
+    network[0].register_forward_pre_hook(lambda _, inputs: (F.pad(inputs[0], (0, 1, 0, 1)),))
+    network(torch.rand(1, 3, 16, 16))
+    classifier = FrozenClassifier(network.eval(), ["a", "b"])
+    images = torch.rand(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = classifier(images).float()
+    assert classifier.folded[torch.bfloat16] is not None
+    assert (low - classifier(images)).norm() < 0.05 * classifier(images).norm()
+
+
+class Broken(OwnNetwork):
+    """One of the ways not to be a classifier."""
+
+    def __init__(self, how: str):
+        super().__init__(dropout=0.5 if how == "chance" else 0.0)
+        self.how = how
+        self.register_buffer("calls", torch.zeros(()))
+        self.norm = nn.BatchNorm2d(3, track_running_stats=False)
+
+    def forward(self, x):
+        if self.how == "size" and x.shape[-1] != 24:
+            raise RuntimeError("made for 24")
+        if self.how == "counts":
+            self.calls += 1
+        scores = super().forward(self.norm(x) if self.how == "batch" else x)
+        return {"tuple": (scores, scores), "map": scores[:, :, None]}.get(self.how, scores)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("tuple", r"scores on 2 images are tuple, expected \[2, 3\]"),
+        ("map", r"scores on 2 images are \[2, 3, 1\], expected \[2, 3\]"),
+        ("chance", "changes in evaluation mode"),
+        ("counts", "changes in evaluation mode"),
+        ("batch", "changes in evaluation mode"),
+        ("size", r"can't read images of 32x32 pixels \(transformations.val_crop_size\)"),
+    ],
+)
+def test_what_is_no_fixed_function_to_scores_is_refused(how, message):
+    with pytest.raises(InputError, match=message):
+        FrozenClassifier(Broken(how), list("abc"), head="head").require(32, "transformations.val_crop_size")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": ["dog"]}, "gives one score"),
+        ({"class_names": ["a", "a", "b"]}, "'a' stands twice"),
+        ({"class_names": "abc"}, "expected a list of names"),
+        ({"class_names": {"fox": 2, "cat": 0, "dog": 7}}, "number its classes 0, 1, 2"),
+        ({"class_names": ["a", "b"]}, "lists 2 classes, and the last layer, head, gives 3 scores"),
+        ({"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "divide both by 255"),
+        ({"std": (58.395, 57.12, 57.375)}, "divide both by 255"),
+        ({"mean": (0.5, 0.5)}, "three numbers"),
+    ],
+)
+def test_what_would_be_wrong_in_silence_is_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        FrozenClassifier(OwnNetwork(), **{"class_names": list("abc"), **options})
+
+
+def test_class_names_by_index():
+    for names in ({"fox": 2, "cat": 0, "dog": 1}, {0: "cat", 1: "dog", 2: "fox"}, {"0": "cat", "2": "fox", "1": "dog"}):
+        assert FrozenClassifier(OwnNetwork(), names).class_names == ["cat", "dog", "fox"]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_what_a_state_dict_does_not_say(noted, tmp_path, capsys):
+    """GoogLeNet's own normalisation of its input: noted with the network, said where it is unknown."""
+    network = get_model("googlenet", weights=None, num_classes=3, aux_logits=False, init_weights=False).eval()
+    network.transform_input = True
+    save_classifier(network if noted else network.state_dict(), list("abc"), tmp_path / "c.pt")
+    classifier = open_classifier("googlenet", str(tmp_path / "c.pt"))
+    images = torch.rand(1, 3, 64, 64)
+    expected = network((images - classifier.mean) / classifier.std)
+    assert classifier(images).equal(expected) == noted
+    assert ("does not say whether its googlenet transforms its input" in capsys.readouterr().out) != noted
+
+
+def test_a_network_of_ones_own_from_a_file(tmp_path):
+    """The README's recipe: FILE.py:FUNCTION, with its weights inside or in a file beside it."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\nCLASS_NAMES = ['cat', 'dog', 'fox']\nMEAN = STD = (0.5, 0.5, 0.5)\n"
+        "def network():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
+        "torch.nn.Linear(3, 3))\ndef number():\n    return 3\ndef broken():\n    raise ValueError('no such model')\n"
+    )
+    own = open_classifier(f"{file}:network", None)
+    assert own.class_names == ["cat", "dog", "fox"] and own.mean.flatten().tolist() == [0.5] * 3
+    state = {key: torch.rand_like(value) for key, value in own.network.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    images = torch.rand(2, 3, 8, 8)
+    other = open_classifier(f"{file}:network", str(tmp_path / "w.pt"))
+    expected = F.linear(images.mean((2, 3)) * 2 - 1, state["2.weight"], state["2.bias"])
+    torch.testing.assert_close(other(images), expected)
+    for function, message in (
+        ("number", "returned a int"),
+        ("broken", "ValueError: no such"),
+        ("absent", "no function"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_classifier(f"{file}:{function}", None)
+    with pytest.raises(InputError, match="no such file"):
+        open_classifier(f"{tmp_path}/absent.py:network", None)
+
+
+def test_timm_by_name(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    network = timm.create_model("resnet10t", pretrained=False, num_classes=3).eval()
+    save_classifier(network, list("abc"), tmp_path / "c.pt", architecture="timm/resnet10t", mean=(0.1, 0.2, 0.3))
+    classifier = open_classifier("timm/resnet10t", str(tmp_path / "c.pt"))
+    images = torch.rand(2, 3, 64, 64)
+    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
+    torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tmp_path / "lite.pt")
+    lite = open_classifier("timm/tf_efficientnet_lite0", str(tmp_path / "lite.pt"))
+    assert lite.mean.flatten().tolist() == [0.5] * 3 and len(lite.class_names) == 1000
+    with pytest.raises(InputError, match="no model named 'resnet0'"):
+        open_classifier("timm/resnet0", str(tmp_path / "c.pt"))
+
+
+def test_without_timm_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="pip install timm"):
+        open_classifier("timm/resnet10t", "pretrained")
+
+
+def test_efficientnet_lite0_is_timms():
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    torch.manual_seed(0)
+    theirs = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
+    ours = open_classifier("examples/photographs/efficientnet_lite0.py:network", None)
+    ours.network.load_state_dict(theirs.state_dict())
+    for side in (64, 75):
+        images = torch.rand(2, 3, side, side)
+        assert (ours(images) - theirs(images * 2 - 1)).abs().max() < 1e-4
+
+
+def test_head_of_a_network_without_one():
+    with pytest.raises(InputError, match="no linear layer"):
+        head_of(nn.Sequential(nn.ReLU()))
 
 
 # Pipeline
@@ -222,25 +429,50 @@ def test_a_normalisation_that_is_none(tmp_path, values):
 def test_pipeline_is_its_parts(classifier):
     network = RRDBNet(8, 1, 4)
     images = torch.rand(2, 3, 50, 70)
-    small, rebuilt, logits = Pipeline("DarioNet", classifier, upscaler=network)(images)
+    small, rebuilt, logits = Pipeline("DarioNet", classifier, Reduction(), Upscale(network))(images)
     assert small.shape[-2:] == (16, 22)
     assert small.equal(Scaler((16, 22))(images))
     assert rebuilt.equal(Scaler((50, 70))(network(small)).clamp(0, 1))
     assert logits.equal(classifier(rebuilt))
 
 
-def test_variants_without_an_upscaler(classifier):
+def test_variants_without_a_network(classifier):
     images = torch.rand(2, 3, 50, 50)
-    small, rebuilt, logits = Pipeline("Original", classifier, scale=None, rebuild=False)(images)
-    assert small is images and rebuilt is images and logits.equal(classifier(images))
-    small, rebuilt, logits = Pipeline("Small", classifier, rebuild=False)(images)
-    assert rebuilt is small and small.shape[-2:] == (16, 16) and logits.equal(classifier(small))
-    _, rebuilt, _ = Pipeline("Bicubic", classifier, enlarge="bicubic")(images)
+    small, rebuilt, logits = Pipeline("Original", classifier, unchanged, unchanged)(images)
+    assert small is images and rebuilt.equal(images) and logits.equal(classifier(images))
+    small, rebuilt, logits = Pipeline("Small", classifier, Reduction(), unchanged)(images)
+    assert rebuilt.equal(small) and small.shape[-2:] == (16, 16) and logits.equal(classifier(small))
+    _, rebuilt, _ = Pipeline("Bicubic", classifier, Reduction(), Enlarge("bicubic"))(images)
     assert rebuilt.equal(Scaler((50, 50), "bicubic")(Scaler((16, 16))(images)).clamp(0, 1))
 
 
+def test_another_upscaler_and_another_reduction_are_callables(classifier):
+    def doubled(small):
+        return small.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def every_fourth(images):
+        return images[..., ::4, ::4]
+
+    images = torch.rand(2, 3, 48, 48)
+    small, rebuilt, _ = Pipeline("mine", classifier, every_fourth, Upscale(doubled))(images)
+    assert small.equal(images[..., ::4, ::4]) and rebuilt.equal(Scaler((48, 48))(doubled(small)))
+
+
 def test_small_images_are_rebuilt_to_the_size_asked_for(classifier):
-    small, rebuilt, _ = Pipeline("DarioNet", classifier, upscaler=RRDBNet(8, 1, 4), scale=None)(
-        torch.rand(1, 3, 9, 12), (32, 43)
-    )
+    pipeline = Pipeline("DarioNet", classifier, unchanged, Upscale(RRDBNet(8, 1, 4)))
+    small, rebuilt, _ = pipeline(torch.rand(1, 3, 9, 12), (32, 43))
     assert small.shape[-2:] == (9, 12) and rebuilt.shape[-2:] == (32, 43)
+
+
+def test_reductions_say_what_they_are():
+    assert str(Reduction()) == "x0.32 bilinear"
+    assert str(Jpeg(Reduction(0.5, "bicubic", True), 75)) == "x0.5 bicubic, antialiased, JPEG 75"
+    assert Reduction().note() == {"scale": 0.32, "interpolation": "bilinear", "antialias": False}
+
+
+def test_jpeg_loses_a_little():
+    images = drawn_images(2, 50)
+    small = Reduction()(images)
+    better, worse = (Jpeg(Reduction(), quality)(images) for quality in (95, 20))
+    assert better.shape == small.shape and worse.min() >= 0 and worse.max() <= 1
+    assert 0 < (better - small).abs().mean() < (worse - small).abs().mean() < 0.1

@@ -465,11 +465,11 @@ def test_classifier_for_data_that_has_none(start, experiment, monkeypatch):
     """examples/train_classifier.py writes what FrozenClassifier reads."""
     import examples.train_classifier as script
     from experiment.parameters import run_script
-    from models.classifier import FrozenClassifier
+    from models.classifier import open_classifier
 
     write_parameters(experiment / "parameters.json", classifier={"weights": "own.pt"})
     monkeypatch.setattr(sys, "argv", ["train_classifier", "--epochs", "1", "--batch-size", "4", "--shift", "2"])
     with pytest.raises(SystemExit) as stop:
         run_script(script.main)
     assert stop.value.code == 0
-    assert FrozenClassifier("resnet18", "own.pt").class_names == CLASSES
+    assert open_classifier("resnet18", "own.pt").class_names == CLASSES
