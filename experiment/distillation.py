@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,19 @@ UNREADABLE_SHARE = 0.001  # of the images, where there are more than UNREADABLE_
 UNREADABLE_FREE = 1000
 
 Restore = Callable[[Tensor, Size], Tensor]
+
+
+class once:
+    """functools.cached_property without its lock, which torch.compile can't follow."""
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __get__(self, views: "Views", owner: type):
+        name = self.function.__name__
+        if name not in views.known:
+            views.known[name] = self.function(views)
+        return views.known[name]
 
 
 class Views:
@@ -46,25 +58,26 @@ class Views:
     ):
         self.images, self.small = images, small
         self.restore, self.teachers, self.clamp_gradient = restore, teachers, clamp_gradient
+        self.known: dict[str, object] = {}
 
-    @cached_property
+    @once
     def unclamped(self) -> Tensor:
         """The rebuilt images as the network gives them, (N,3,H,W)."""
         return self.restore(self.small, tuple(self.images.shape[-2:]))
 
-    @cached_property
+    @once
     def rebuilt(self) -> Tensor:
         """What a classifier is shown: clamped to [0,1]."""
         clamped = self.unclamped.clamp(0, 1)
         return clamped if self.clamp_gradient else self.unclamped + (clamped - self.unclamped).detach()
 
-    @cached_property
+    @once
     def on_original(self) -> list[Look]:
         """What every teacher sees in the originals."""
         with torch.no_grad():
             return [teacher.look(self.images) for teacher in self.teachers]
 
-    @cached_property
+    @once
     def on_rebuilt(self) -> list[Look]:
         """What every teacher sees in the rebuilt images."""
         return [teacher.look(self.rebuilt) for teacher in self.teachers]
