@@ -4,14 +4,10 @@ import contextlib
 import json
 import os
 import re
-import sys
 import textwrap
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
-
-# MPLBACKEND, as a notebook sets it, may name what is not installed: matplotlib could not be imported.
-BACKEND = "" if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", "")
 
 import matplotlib
 import matplotlib.image
@@ -23,6 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
+from experiment import BACKEND
 from experiment.metrics import BASELINE, HEADINGS, ORIGINAL, OURS, SMALL, right_or_wrong, table_cells
 from models.weights import write_atomically
 

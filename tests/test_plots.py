@@ -226,6 +226,7 @@ def test_what_a_class_is_called(fonts):
 def test_a_backend_that_is_not_there(tmp_path, backend):
     """Figures are files; where no window can be had there is none."""
     script = """
+import experiment.evaluation
 import torch
 from pathlib import Path
 from experiment import plots
