@@ -10,6 +10,11 @@ fraction recovered of what bilinear loses on the same small images; table and nu
 assets/logs/degradation_<stamp>/.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
+
 import io
 
 import numpy as np

@@ -7,6 +7,11 @@ and the normalisation. SGD with Nesterov momentum and a one-cycle learning rate 
 https://arxiv.org/abs/1708.07120); random flips and shifts.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
+
 import math
 import random
 import time
