@@ -298,8 +298,8 @@ def f1_density(classes: list[dict], path: Path, ours: str = OURS) -> None:
         places: dict[tuple[float, float], list[str]] = {}
         for name, *place in zip(names, x, y, strict=True):
             places.setdefault(tuple(place), []).append(shorten(labels[name], 18))
-        for place, tied in places.items():  # classes on one and the same point share a line
-            text = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+        for place, tied in places.items():  # classes on one and the same point share a note
+            text = "\n".join(tied[:3] + [f"and {len(tied) - 3} more"] * (len(tied) > 3))
             axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8)
         axes.margins(0.12)
     axes.axhline(0, color=PLAIN, lw=0.8)

@@ -280,7 +280,7 @@ def test_one_image_a_class(tmp_path, texts):
         draw(classes, tmp_path / "f1.png")
         assert note in texts
     plots.f1_density(classes, tmp_path / "f1.png")
-    assert "c0, c1, c2 and 9 more" in texts  # one above the other none could be read
+    assert "c0\nc1\nc2\nand 9 more" in texts  # one above the other none could be read
     for row, n in zip(classes, [30, 40] * 18, strict=True):
         row["n"] = n
     assert plots.sample_note(classes).startswith("30 to 40 test images a class: a recall may be off by up to 0.18")
