@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # started as a file, as the scripts are
+sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import torch
 from torch import Tensor

@@ -4,14 +4,10 @@ import contextlib
 import json
 import os
 import re
-import sys
 import textwrap
 import warnings
 from functools import cache, lru_cache
 from pathlib import Path
-
-# MPLBACKEND, as a notebook sets it, may name what is not installed: matplotlib could not be imported.
-BACKEND = "" if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", "")
 
 import matplotlib
 import matplotlib.image
@@ -23,6 +19,7 @@ from matplotlib.font_manager import FontProperties, findfont, fontManager, get_f
 from matplotlib.ticker import LogFormatter, MaxNLocator
 from torch import Tensor
 
+from experiment import BACKEND
 from experiment.metrics import BASELINE, HEADINGS, ORIGINAL, OURS, SMALL, right_or_wrong, table_cells
 from models.files import write_atomically
 
@@ -301,8 +298,8 @@ def f1_density(classes: list[dict], path: Path, ours: str = OURS) -> None:
         places: dict[tuple[float, float], list[str]] = {}
         for name, *place in zip(names, x, y, strict=True):
             places.setdefault(tuple(place), []).append(shorten(labels[name], 18))
-        for place, tied in places.items():  # classes on one and the same point share a line
-            text = ", ".join(tied[:3]) + (f" and {len(tied) - 3} more" if len(tied) > 3 else "")
+        for place, tied in places.items():  # classes on one and the same point share a note
+            text = "\n".join(tied[:3] + [f"and {len(tied) - 3} more"] * (len(tied) > 3))
             axes.annotate(text, place, (4, 3), textcoords="offset points", fontsize=8)
         axes.margins(0.12)
     axes.axhline(0, color=PLAIN, lw=0.8)

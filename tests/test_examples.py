@@ -3,6 +3,9 @@
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 import zipfile
 
@@ -215,3 +218,15 @@ def test_degradations(trained, monkeypatch, capfd, start):
     assert stored.shape == images.shape and 0 < (stored - images).abs().mean() < 0.3
     flat = torch.full((1, 3, 16, 16), 0.5)
     assert (degradation.through_jpeg(flat, 75) - flat).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    "script",
+    ["degradation.py", "train_classifier.py", "imagenette/prepare.py", "tiny_imagenet/prepare.py", "shapes/draw.py"],
+)
+def test_examples_start_as_files(tmp_path, script):
+    """From any folder, as the scripts at the top do; `python -m` does too."""
+    command = [sys.executable, ROOT / "examples" / script, "--help"]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "") and "usage" in result.stdout

@@ -226,6 +226,7 @@ def test_what_a_class_is_called(fonts):
 def test_a_backend_that_is_not_there(tmp_path, backend):
     """Figures are files; where no window can be had there is none."""
     script = """
+import experiment.evaluation
 import torch
 from pathlib import Path
 from experiment import plots
@@ -279,7 +280,7 @@ def test_one_image_a_class(tmp_path, texts):
         draw(classes, tmp_path / "f1.png")
         assert note in texts
     plots.f1_density(classes, tmp_path / "f1.png")
-    assert "c0, c1, c2 and 9 more" in texts  # one above the other none could be read
+    assert "c0\nc1\nc2\nand 9 more" in texts  # one above the other none could be read
     for row, n in zip(classes, [30, 40] * 18, strict=True):
         row["n"] = n
     assert plots.sample_note(classes).startswith("30 to 40 test images a class: a recall may be off by up to 0.18")

@@ -7,9 +7,13 @@ torchvision downloads the archive, checks its hash and unpacks it: FOLDER/imagen
 named by WordNet id, which is what img_sampler_train.py and img_sampler_val.py read.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]  # started as a file, python finds the packages beside it
+
 import shutil
 import tarfile
-from pathlib import Path
 
 from torchvision.datasets import Imagenette
 

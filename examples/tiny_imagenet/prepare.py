@@ -10,13 +10,17 @@ photographs (--held-out) joins the official validation photographs in FOLDER/val
 splits into validation and test; all others go to FOLDER/train_original.
 """
 
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[2])]  # started as a file, python finds the packages beside it
+
 import lzma
 import re
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 
 from tqdm import tqdm
 
