@@ -32,7 +32,7 @@ def test_published_values():
     assert (p.training.epochs, p.training.batches_per_epoch) == (8, None)
     assert (p.test.seed, p.test.batch_size, p.test.epochs, p.test.batches_per_epoch) == (1337, 60, 1, None)
     assert (p.data.train_fraction, p.data.val_fraction, p.data.seed) == (0.15, 0.5, 2020)
-    assert (p.classifier.architecture, p.classifier.weights) == ("resnet50", "IMAGENET1K_V1")
+    assert (p.classifier[0].architecture, p.classifier[0].weights) == ("resnet50", "IMAGENET1K_V1")
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,21 @@ def test_settings_are_json_else_text(tmp_path):
     assert p.training.shuffle is False and p.darionet.initial_weights is None
 
 
+def value_of(parameters, key: str):
+    """The parameter "section.key"; of the first classifier."""
+    section, name = key.split(".")
+    values = getattr(parameters, section)
+    return getattr(values[0] if section == "classifier" else values, name)
+
+
 @pytest.mark.parametrize(
     "text", ["2012", "1e5", "true", "null", '{"a": 1}', "[1]", "-0", "9" * 500, "NaN", "two words"]
 )
-@pytest.mark.parametrize("key", ["data.test", "classifier.weights", "darionet.weights"])
+@pytest.mark.parametrize("key", ["data.test", "classifier.architecture", "darionet.weights"])
 def test_text_that_looks_like_json_stays_text(tmp_path, key, text):
     """Also "null", where nothing is no choice."""
     (tmp_path / "p.json").write_text("{}")
-    section, name = key.split(".")
-    assert getattr(getattr(read_parameters(tmp_path / "p.json", [f"{key}={text}"]), section), name) == text
+    assert value_of(read_parameters(tmp_path / "p.json", [f"{key}={text}"]), key) == text
 
 
 def test_text_or_nothing(tmp_path):

@@ -31,7 +31,7 @@ def test_every_stop_point_and_number_of_workers(start, experiment, monkeypatch):
         resumed = start("train_darionet", "--resume", folder)
         assert resumed.code == 0, (calls, workers, resumed.err)
         found = checkpoint(folder)
-        assert same_state(found, whole | {"parameters": found["parameters"]}), (calls, workers)
+        assert same_state(found, whole | {"resolved": found["resolved"]}), (calls, workers)
 
 
 @pytest.mark.parametrize("limit", [None, 3])

@@ -57,7 +57,7 @@ def test_training_writes_everything(start, experiment):
     history = read_csv(folder / "history.csv")
     assert [row["epoch"] for row in history] == ["1", "2"]
     best = min(float(row["val_loss"]) for row in history)
-    assert checkpoint(folder)["best"] == best
+    assert checkpoint(folder)["state"]["best"] == best
     weights = torch.load("DarioNet.pt", weights_only=True)
     RRDBNet(8, 1, 4).load_state_dict(weights)
     assert same_state(weights, torch.load(folder / "best.pt", weights_only=True))
@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, 
     resumed = start("train_darionet", "--resume", folder)
     assert resumed.code == 0, resumed.err
     assert last_line(resumed) == folder
-    assert same_state(checkpoint(folder), checkpoint(whole) | {"parameters": checkpoint(folder)["parameters"]})
+    assert same_state(checkpoint(folder), checkpoint(whole) | {"resolved": checkpoint(folder)["resolved"]})
 
 
 def test_resuming_with_other_images_or_another_classifier_is_refused(start, experiment):
@@ -386,11 +386,10 @@ def test_a_classifier_that_cannot_read_small_images(start, trained):
 def test_a_run_whose_validation_was_never_finite_says_so(start, experiment, monkeypatch):
     from experiment import distillation
 
-    monkeypatch.setattr(distillation, "psnr_db", lambda error: 1.0)
     loss = distillation.distillation_loss
 
-    def spoilt(pipeline, images, **weights):
-        losses = loss(pipeline, images, **weights)
+    def spoilt(*arguments, **options):
+        losses = loss(*arguments, **options)
         if not torch.is_grad_enabled():
             losses.total = losses.total * float("nan")
         return losses
@@ -417,7 +416,11 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
     with monkeypatch.context() as patch:
         patch.setattr(experiment.evaluation, "to_float", stopping(experiment.evaluation.to_float, 1))
         result = start("test")
-    assert result.code == 143 and "start it again" in result.out and last_line(result).is_dir()
+    assert result.code == 143 and "Stopped: 4 of 9 images were scored" in result.out
+    found = json.loads((last_line(result) / "results.json").read_text())
+    assert found["stopped_early"] and found["variants"][0]["n"] == 4
+    assert "4 test images, stopped early" in (last_line(result) / "results.md").read_text()
+    assert (last_line(result) / "report.pdf").is_file() and (last_line(result) / "triptychs.png").is_file()
     draw_folder(trained / "icons", 2)
     with monkeypatch.context() as patch:
         patch.setattr("experiment.data.to_float", stopping(experiment.data.to_float, 3))
@@ -458,7 +461,7 @@ def test_the_default_without_imagenet(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     line = result.stderr.strip()
-    assert "\n" not in line and "ImageNet2012/train: no such folder" in line and "make demo" in line
+    assert "\n" not in line and "assets/ImageNet2012_train: no such folder" in line and "make demo" in line
 
 
 def test_classifier_for_data_that_has_none(start, experiment, monkeypatch):
