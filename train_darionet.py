@@ -61,10 +61,9 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, write_note
 from models.errors import InputError
-from models.files import check_writable, remove_partials
+from models.files import refuse_unwritable, remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
-from models.rrdbnet import RRDBNet
-from models.scaler import Reduction
+from models.scaler import RandomReduction, Reduction
 from models.weights import save_file
 
 LOGS = Path("assets/logs")
@@ -98,6 +97,7 @@ def main() -> int:
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         folders = [train_set.folder_of(i) for i in range(len(train_set))]
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
+        random = None if t.random_reduction is None else RandomReduction(**t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
         targets = val_set.targets(teachers[0].class_names)
         network = build_darionet(d.features, d.blocks, d.growth, d.initial_weights, runtime.device)
@@ -139,9 +139,14 @@ def main() -> int:
             remove_partials(folder)
             write_json(folder / "parameters.json", parameters.model_dump())
             remember_job(folder, job_id())
-            announce(parameters, runtime, network, train_set, val_set, reduction, state, folder)
+            announce(parameters, runtime, train_set, val_set, random or reduction)
+            if state.epoch == training.epochs:
+                print("This run is finished: a new one starts without --resume")
+            elif state.epoch or state.batch:
+                print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
+            print(f"Run folder: {folder}")
             if training.save:
-                refuse_unwritable(d.weights)
+                refuse_unwritable(d.weights, "darionet.weights")
         with claim(d.weights if training.save and runtime.is_main else None, folder):
             if checkpoint is None:
                 remember()  # what can't be written should fail now, not after an epoch
@@ -163,9 +168,13 @@ def main() -> int:
                 started = time.perf_counter()
                 with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
                     for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
+                        reduce = reduction
+                        if random is not None:
+                            key = f"{training.seed}/{epoch}/{state.batch}"
+                            reduce = random.drawn(key, batch.indices.tolist())
                         done = step(
                             batch,
-                            lambda images, _: loss(images, reduction(images), restore),
+                            lambda images, _, reduce=reduce: loss(images, reduce(images), restore),
                             network,
                             optimizer,
                             scaler,
@@ -211,8 +220,7 @@ def main() -> int:
                     )
                 if scores is None:
                     break
-                rate = learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule)
-                row, improved = state.end_epoch(rate, scores)
+                row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)
                 if runtime.is_main:
                     if improved:
                         weights = to_cpu(evaluated.state_dict())
@@ -230,8 +238,7 @@ def main() -> int:
             # The end
             if state.epoch < training.epochs:
                 remember()
-                print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}")
-                print(folder)
+                print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}\n{folder}")
                 return stopper.code
     if state.unreadable:
         print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
@@ -258,46 +265,25 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     return classifier
 
 
-def refuse_unwritable(weights: str) -> None:
-    try:
-        check_writable(weights)
-    except OSError as error:
-        raise InputError(f"{weights}: can't be written ({error.strerror}); change darionet.weights") from None
-
-
 def resume_command(runtime: Runtime, folder: Path | None) -> str:
     if runtime.processes == 1:
         return f"python train_darionet.py --resume {folder}"
     return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} train_darionet.py --resume {folder}"
 
 
-def announce(
-    parameters: Parameters,
-    runtime: Runtime,
-    network: RRDBNet,
-    train_set: ImageTree,
-    val_set: ImageTree,
-    reduction: Reduction,
-    state: State,
-    folder: Path,
-) -> None:
-    """Prints what will be done, and on what."""
+def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val_set: ImageTree, kind: object) -> None:
+    """Prints what will be done, and on what; `kind` is the reduction."""
     t, training, d = parameters.transformations, parameters.training, parameters.darionet
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
-    count = sum(p.numel() for p in network.parameters())
-    print(f"DarioNet: {d.blocks} blocks, {count:,} parameters, from {d.initial_weights or 'random weights'}")
+    size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
+    print(f"DarioNet: {size}, from {d.initial_weights or 'random weights'}")
     for classifier in parameters.classifier:
         print(f"Classifier: {classifier.architecture}, {classifier.weights or 'its own weights'}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
-    print(f"Reduction: {reduction}; crops: {t.train_crop_size}")
+    print(f"Reduction: {kind}; crops: {t.train_crop_size}")
     print(f"Loss: {terms}; Adam, learning rate {training.learning_rate:g} ({training.schedule})")
     print(f"{training.epochs} epochs, batch size {training.batch_size}; {runtime.describe()}")
-    if state.epoch == training.epochs:
-        print("This run is finished: a new one starts without --resume")
-    elif state.epoch or state.batch:
-        print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
-    print(f"Run folder: {folder}")
 
 
 def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:

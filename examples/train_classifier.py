@@ -40,7 +40,7 @@ from experiment.runtime import (
 )
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
 from models.errors import InputError
-from models.files import check_writable
+from models.files import refuse_unwritable
 
 LOGS = Path("assets/logs")
 
@@ -65,10 +65,7 @@ def main() -> int:
         name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
         if place is None or place in published_weights(name):
             raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
-        try:
-            check_writable(place)
-        except OSError as error:
-            raise InputError(f"{place}: can't be written ({error.strerror}); change classifier.weights") from None
+        refuse_unwritable(place, "classifier.weights")
         runtime = start_runtime(training.precision)
         if runtime.processes > 1:
             raise InputError("one process trains a classifier: start it with python, not with torchrun")

@@ -49,11 +49,29 @@ Weight = Annotated[float, Field(ge=0, le=1e6)]
 Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$"), AfterValidator(expanded)]
 Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
 LONGEST_LINE = 2000  # characters of a message
+Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class RandomReductionSection(Section):
+    """The arguments of models.scaler.RandomReduction."""
+
+    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.16, 0.5]
+    interpolation: Annotated[list[Interpolation], Field(min_length=1)] = ["bilinear", "bicubic"]
+    antialias: Annotated[list[bool], Field(min_length=1)] = [False, True]
+    jpeg_probability: Probability = 0.3
+    jpeg_quality: Annotated[list[Annotated[int, Field(ge=1, le=95)]], Field(min_length=2, max_length=2)] = [40, 95]
+
+    @model_validator(mode="after")
+    def lowest_first(self) -> "RandomReductionSection":
+        for key in ("scale", "jpeg_quality"):
+            if getattr(self, key)[0] > getattr(self, key)[1]:
+                raise ValueError(f"{key} has to hold the lowest and the highest value, in this order")
+        return self
 
 
 class TransformationsSection(Section):
@@ -63,8 +81,9 @@ class TransformationsSection(Section):
     val_crop_size: Pixels = 256
     random_horizontal_flip_probability: Probability = 0.5
     random_vertical_flip_probability: Probability = 0.1
-    interpolation: Literal["bilinear", "bicubic", "nearest"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     antialias: bool = False
+    random_reduction: RandomReductionSection | None = None
 
     @model_validator(mode="after")
     def crops_fit(self) -> "TransformationsSection":

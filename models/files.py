@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from models.errors import InputError
+
 PARTIAL = ".partial"
 PROCESS = uuid.uuid4().hex[:8]  # beside the pid, which another machine or container may have given too
 # What network, FAT and bucket file systems say to calls that they don't know, or don't allow.
@@ -58,6 +60,14 @@ def check_writable(path: str | Path) -> None:
     partial = partial_of(target_of(path))
     partial.touch()
     partial.unlink()
+
+
+def refuse_unwritable(path: str | Path, key: str) -> None:
+    """Raises InputError where `path`, the value of the parameter `key`, can't be written now."""
+    try:
+        check_writable(path)
+    except OSError as error:
+        raise InputError(f"{path}: can't be written ({error.strerror}); change {key}") from None
 
 
 def target_of(path: str | Path) -> Path:

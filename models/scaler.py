@@ -2,7 +2,8 @@
 
 import io
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -107,3 +108,35 @@ class Jpeg:
 
     def __str__(self) -> str:
         return f"{self.reduction}, JPEG {self.quality}"
+
+
+@dataclass(frozen=True)
+class RandomReduction:
+    """A reduction drawn anew for every image, for a network that has to read small images of any origin.
+
+    Args:
+        scale: lowest and highest; drawn once a batch, so that its small images have one size.
+        interpolation, antialias: the choices.
+        jpeg_probability, jpeg_quality: how many images are stored as JPEG files, and between which qualities.
+    """
+
+    scale: Sequence[float]
+    interpolation: Sequence[str]
+    antialias: Sequence[bool]
+    jpeg_probability: float
+    jpeg_quality: Sequence[int]
+
+    def drawn(self, key: str, indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
+        """The reduction of a batch of images with these `indices`, the same for the same `key`."""
+        scale = random.Random(key).uniform(*self.scale)
+        reductions = []
+        for index in indices:
+            rng = random.Random(f"{key}/{index}")
+            one = Reduction(scale, rng.choice(self.interpolation), rng.choice(self.antialias))
+            stored = rng.random() < self.jpeg_probability
+            reductions.append(Jpeg(one, rng.randint(*self.jpeg_quality)) if stored else one)
+
+        def reduce(images: Tensor) -> Tensor:
+            return torch.cat([one(images[i : i + 1]) for i, one in enumerate(reductions)])
+
+        return reduce

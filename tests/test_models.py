@@ -12,7 +12,7 @@ from models.classifier import LABELS_FILE, FrozenClassifier, head_of, open_class
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.scaler import Jpeg, Reduction, Scaler, reduced_length
+from models.scaler import Jpeg, RandomReduction, Reduction, Scaler, reduced_length
 
 
 @pytest.fixture(scope="module")
@@ -476,3 +476,17 @@ def test_jpeg_loses_a_little():
     better, worse = (Jpeg(Reduction(), quality)(images) for quality in (95, 20))
     assert better.shape == small.shape and worse.min() >= 0 and worse.max() <= 1
     assert 0 < (better - small).abs().mean() < (worse - small).abs().mean() < 0.1
+
+
+def test_a_reduction_drawn_for_every_image():
+    options = {"interpolation": ["bilinear", "bicubic"], "antialias": [False, True], "jpeg_quality": [40, 95]}
+    kinds = RandomReduction(scale=[0.25, 0.5], jpeg_probability=0.5, **options)
+    images = drawn_images(1, 40).repeat(8, 1, 1, 1)
+    small = kinds.drawn("1/2/3", range(8))(images)
+    assert small.equal(kinds.drawn("1/2/3", range(8))(images))
+    assert not small.equal(kinds.drawn("1/2/4", range(8))(images))
+    assert len({tuple(one.flatten().tolist()) for one in small}) > 3
+    sides = {kinds.drawn(str(key), [0])(images[:1]).shape[-1] for key in range(40)}
+    assert min(sides) >= 10 and max(sides) <= 20 and len(sides) > 5
+    plain = RandomReduction([0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95])
+    assert plain.drawn("x", range(8))(images).equal(Reduction()(images))
