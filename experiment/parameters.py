@@ -5,6 +5,7 @@ No torch here: the samplers start without it.
 
 import argparse
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -262,7 +263,9 @@ class Unbroken:
     def quietly(self) -> Iterator[None]:
         try:
             yield
-        except BrokenPipeError:
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # EIO: the terminal of a connection that was lost
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name: str):
