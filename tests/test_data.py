@@ -1,6 +1,8 @@
 import errno
+import faulthandler
 import multiprocessing
 import os
+import pty
 import resource
 import shutil
 import signal
@@ -24,6 +26,7 @@ from experiment.data import (
     make_loader,
     read_image,
 )
+from experiment.parameters import Unbroken
 from experiment.runtime import Stopper, new_run_folder
 from models.errors import InputError
 
@@ -313,13 +316,38 @@ def test_a_hangup_that_is_ignored_stays_ignored(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_lost_connection_stops_a_run_like_a_signal(stubborn):
+    """Its terminal is gone: what is printed is lost, and the run is not."""
+    pid, terminal = pty.fork()
+    if not pid:
+        code = 1
+        try:
+            with Stopper() as stopper:
+                os.write(1, b"begun")  # pytest has sys.stdout
+                list(batches_until_stopped(make_loader(stubborn, BATCHES, 2, False), stopper))
+                for stream in (Unbroken(os.fdopen(1, "w")), Unbroken(os.fdopen(2, "w"))):
+                    stream.write("unheard\n")
+                    stream.flush()
+                code = stopper.code
+        finally:
+            os._exit(code)
+    assert b"begun" in os.read(terminal, 100)
+    time.sleep(0.5)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+
+
 def read_all(dataset: ImageTree, workers: int) -> None:
     list(make_loader(dataset, BATCHES, workers, False))
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGBUS", "SIGSEGV"])
 def test_a_worker_that_was_killed(stubborn, monkeypatch, number):
-    monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: os.kill(os.getpid(), getattr(signal, number))))
+    def die():
+        faulthandler.disable()  # pytest's
+        os.kill(os.getpid(), getattr(signal, number))
+
+    monkeypatch.setattr(Stubborn, "act", staticmethod(die))
     with pytest.raises(InputError, match=rf"killed \({number}\).*data\.workers"):
         read_all(stubborn, 2)
     assert not multiprocessing.active_children()
