@@ -16,6 +16,7 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,6 @@ from models.weights import save_file
 
 LOGS = Path("assets/logs")
 SAMPLES = 6  # validation images in the strip of every epoch
-ESTIMATE_AFTER = 5  # seconds of training
 
 
 def main() -> int:
@@ -95,7 +95,7 @@ def main() -> int:
         flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
 
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-        folders = [train_set.folder_of(i) for i in range(len(train_set))]
+        class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         random = None if t.random_reduction is None else RandomReduction(**t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
@@ -154,16 +154,16 @@ def main() -> int:
             # Training
             size = training.batch_size * runtime.processes
             order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
-            steps_per_epoch = len(epoch_batches(len(train_set), size, epoch=0, **order))
-            total_steps = steps_per_epoch * training.epochs
-            first = state.epoch * steps_per_epoch + state.batch
+            epoch_steps = len(epoch_batches(len(train_set), size, epoch=0, **order))
+            total_steps = epoch_steps * training.epochs
+            first = state.epoch * epoch_steps + state.batch
             saved, begun, estimated = time.monotonic(), time.perf_counter(), False
             schedule = (total_steps, training.learning_rate, training.schedule, training.warmup_steps)
             for epoch in range(state.epoch, training.epochs):
                 train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
                 left = epoch_batches(len(train_set), size, epoch=epoch, **order)[state.batch :]
                 bar = progress_bar(
-                    steps_per_epoch, f"epoch {epoch + 1}/{training.epochs}", training.verbose, initial=state.batch
+                    epoch_steps, f"epoch {epoch + 1}/{training.epochs}", training.verbose, initial=state.batch
                 )
                 started = time.perf_counter()
                 with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
@@ -179,7 +179,7 @@ def main() -> int:
                             optimizer,
                             scaler,
                             runtime,
-                            learning_rate=learning_rate_at(epoch * steps_per_epoch + state.batch, *schedule),
+                            learning_rate=learning_rate_at(epoch * epoch_steps + state.batch, *schedule),
                             clip_norm=training.gradient_clip_norm,
                             stop=stopper.requested,
                         )
@@ -190,11 +190,11 @@ def main() -> int:
                         started = now
                         if done.unreadable:
                             list_unreadable(state, train_set, runtime, folder)
-                            refuse_unreadable(state.unreadable, folders)
+                            refuse_unreadable(state.unreadable, train_set, class_sizes)
                         bar.set_postfix_str(state.summary(), refresh=False)
                         bar.update()
-                        at = epoch * steps_per_epoch + state.batch
-                        if not estimated and now - begun > ESTIMATE_AFTER:
+                        at = epoch * epoch_steps + state.batch
+                        if not estimated and now - begun > 5:  # seconds
                             estimated = True
                             seconds = (total_steps - at) * (now - begun) / (at - first)
                             bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
@@ -220,7 +220,7 @@ def main() -> int:
                     )
                 if scores is None:
                     break
-                row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)
+                row, improved = state.end_epoch(learning_rate_at((epoch + 1) * epoch_steps - 1, *schedule), scores)
                 if runtime.is_main:
                     if improved:
                         weights = to_cpu(evaluated.state_dict())
@@ -240,6 +240,8 @@ def main() -> int:
                 remember()
                 print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}\n{folder}")
                 return stopper.code
+    if not runtime.is_main:
+        return 0
     if state.unreadable:
         print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
     if state.history[-1]["val_unreadable"]:

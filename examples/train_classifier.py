@@ -14,6 +14,7 @@ import math
 import random
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
@@ -71,8 +72,8 @@ def main() -> int:
             raise InputError("one process trains a classifier: start it with python, not with torchrun")
         seed_without_tf32(seed)
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-        folders = [train_set.folder_of(i) for i in range(len(train_set))]
-        class_names = sorted(set(folders))
+        class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
+        class_names = sorted(class_sizes)
         if len(class_names) < 2:
             raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")
         targets = torch.tensor(train_set.targets(class_names), device=runtime.device)
@@ -163,7 +164,7 @@ def main() -> int:
                     if done.unreadable:
                         rows = [{"image": train_set.paths[i], "reason": r} for i, r in sorted(state.unreadable.items())]
                         write_csv(folder / "unreadable.csv", rows)
-                        refuse_unreadable(state.unreadable, folders)
+                        refuse_unreadable(state.unreadable, train_set, class_sizes)
                     bar.update()
                     at = epoch * steps_per_epoch + state.batch
                     if not estimated and now - begun > 5:

@@ -1,6 +1,7 @@
 """The terms of the loss, one training step, and the validation."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, Batch, batches_until_stopped, to_float
+from experiment.data import NO_LABEL, Batch, ImageTree, batches_until_stopped, to_float
 from experiment.metrics import require_finite
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier, Look
@@ -301,16 +302,16 @@ def validate(
     }
 
 
-def refuse_unreadable(unreadable: dict[int, str], folders: list[str]) -> None:
-    """Raises InputError for too many unreadable training images; `folders` has the class folder of every image.
+def refuse_unreadable(unreadable: dict[int, str], images: ImageTree, class_sizes: Counter) -> None:
+    """Raises InputError for too many unreadable training images: over 0.1 % of more than 1000, or all of a class.
 
-    Too many are over 0.1 % of more than 1000 images, or all of a class.
+    `class_sizes` counts the images of every class folder.
     """
-    allowed = max(1, math.floor(UNREADABLE_SHARE * len(folders))) if len(folders) > UNREADABLE_FREE else len(folders)
+    count = len(images)
+    allowed = max(1, math.floor(UNREADABLE_SHARE * count)) if count > UNREADABLE_FREE else count
     remedy = "unreadable.csv in the run folder lists them; mend or remove them"
     if len(unreadable) > allowed:
-        raise InputError(f"{len(unreadable)} of {len(folders)} training images can't be read, over 0.1 %: {remedy}")
-    lost = {folders[index] for index in unreadable}
-    left = {folder for index, folder in enumerate(folders) if folder in lost and index not in unreadable}
-    for folder in sorted(lost - left):
-        raise InputError(f"no image of {folder or 'the training folder'} can be read: {remedy}")
+        raise InputError(f"{len(unreadable)} of {count} training images can't be read, over 0.1 %: {remedy}")
+    for folder, lost in Counter(map(images.folder_of, unreadable)).items():
+        if lost == class_sizes[folder]:
+            raise InputError(f"no image of {folder or 'the training folder'} can be read: {remedy}")

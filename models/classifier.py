@@ -160,7 +160,7 @@ class FrozenClassifier(nn.Module):
                 "of as many scores as there are class names; wrap the network so that it gives that"
             )
         again = torch.cat([self(images[:1]), self(images[1:])])
-        if self.fingerprint() != before or (again - scores).norm() > 1e-2 * scores.norm():
+        if self.fingerprint() != before or (again - scores).norm() > 1e-3 * scores.norm():
             raise InputError(
                 "the classifier changes in evaluation mode (its scores on an image depend on earlier calls, on the "
                 "other images, or on chance): it has to be a fixed function; look for dropout, or for BatchNorm "

@@ -22,14 +22,14 @@ EVERY_STEP, EVERY_EPOCH = "0", "1000"  # minutes between checkpoints
 
 def note_steps(script) -> None:
     """Writes a line to steps.txt for every step that was taken, before the checkpoint that may follow it."""
-    after_step = script.Run.after_step
+    count = script.State.count
 
-    def noting(run) -> None:
+    def noting(state, *arguments) -> None:
+        count(state, *arguments)
         with Path("steps.txt").open("a") as file:
-            file.write(f"{run.epoch} {run.progress.batch}\n")
-        after_step(run)
+            file.write(f"{state.epoch} {state.batch}\n")
 
-    script.Run.after_step = noting
+    script.State.count = noting
 
 
 class SavingMoments:

@@ -54,7 +54,7 @@ def prepare(script, phase: str, pipe: int) -> None:
     if phase == PHASES[0]:
         script.read_parameters = at(1, script.read_parameters)
     elif phase == PHASES[1]:
-        script.FrozenClassifier = at(1, script.FrozenClassifier)
+        script.open_classifier = at(1, script.open_classifier)
     elif phase == PHASES[2]:
         process = multiprocessing.process.BaseProcess
         process.start = at(2, process.start)

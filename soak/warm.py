@@ -28,7 +28,7 @@ from experiment.parameters import run_script  # noqa: E402
 from models.classifier import save_classifier  # noqa: E402
 from models.files import PARTIAL  # noqa: E402
 
-CLOCKS = ("seconds", "images_per_second", "parameters")
+CLOCKS = ("seconds", "images_per_second", "resolved")
 EPOCHS, STEPS = 2, 3  # of a whole run
 
 

@@ -43,6 +43,13 @@ def draw_folder(folder: Path, per_class: int, classes: list[str] = CLASSES) -> P
     return folder
 
 
+class Listing(list):
+    """The class folders of images that need not be there, as an ImageTree gives them."""
+
+    def folder_of(self, index: int) -> str:
+        return self[index]
+
+
 def load_script(name: str):
     """A top-level script as a module (`test` is also the name of a standard package)."""
     spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / f"{name}.py")

@@ -1,10 +1,11 @@
 import copy
 import math
+from collections import Counter
 from functools import partial
 
 import pytest
 import torch
-from conftest import CLASSES
+from conftest import CLASSES, Listing
 from tqdm import tqdm
 
 from benchmarks.correctness import loss_of, pipeline_of
@@ -95,7 +96,7 @@ def test_views_compute_what_is_asked_for_once(pipeline):
 
 
 def test_a_clamp_that_passes_gradients(pipeline):
-    unclamped = torch.tensor([[-0.5, 0.5, 1.5]]).repeat(3, 1)[None].requires_grad_()
+    unclamped = torch.tensor([-0.5, 0.5, 1.5]).repeat(1, 3, 1, 1).requires_grad_()
     for clamp_gradient, expected in ((True, [0.0, 1.0, 0.0]), (False, [1.0, 1.0, 1.0])):
         views = Views(unclamped.detach(), unclamped.detach(), lambda small, size: unclamped, [], clamp_gradient)
         assert views.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
@@ -281,16 +282,16 @@ def test_how_many_may_be_unreadable(count, bad, stops):
     found = dict.fromkeys(range(bad), "broken")
     if stops:
         with pytest.raises(InputError, match=f"{bad} of {count} training images can't be read"):
-            refuse_unreadable(found, ["all"] * count)
+            refuse_unreadable(found, Listing(["all"] * count), Counter({"all": count}))
     else:
-        refuse_unreadable(found, ["all"] * count)
+        refuse_unreadable(found, Listing(["all"] * count), Counter({"all": count}))
 
 
 def test_a_class_left_empty_stops_the_run():
     folders = ["a", "a", "b", "b"]
-    refuse_unreadable({0: "x", 2: "y"}, folders)
+    refuse_unreadable({0: "x", 2: "y"}, Listing(folders), Counter(folders))
     with pytest.raises(InputError, match="no image of b can be read"):
-        refuse_unreadable({0: "x", 2: "y", 3: "z"}, folders)
+        refuse_unreadable({0: "x", 2: "y", 3: "z"}, Listing(folders), Counter(folders))
 
 
 def test_classes_of_the_experiment(experiment):

@@ -95,9 +95,10 @@ def test_scores_of_one_batch():
     assert first["probability"] == pytest.approx(np.exp(2) / (np.exp(2) + 2))
     assert second["cross_entropy"] == pytest.approx(5 + np.log1p(2 * np.exp(-5)))
     assert first["ssim"] < second["ssim"] < 1
-    same = score(logits, torch.tensor([1, 2]), original, images, images)[0]
-    assert same["psnr_db"] is None and same["ssim"] is None
-    assert score(logits, torch.tensor([1, 2]), original, images, images[..., :9, :9])[0]["psnr_db"] is None
+    nothing = score(logits, torch.tensor([1, 2]), original, images, None)[0]
+    assert nothing["psnr_db"] is None and nothing["ssim"] is None
+    tiny = score(logits, torch.tensor([1, 2]), original, images[..., :9, :9], rebuilt[..., :9, :9])[0]
+    assert tiny["psnr_db"] == pytest.approx(20, abs=1e-3) and tiny["ssim"] is None
 
 
 def structural_similarity(a: np.ndarray, b: np.ndarray) -> float:
@@ -169,7 +170,7 @@ def test_scores_that_are_not_finite(value, place):
 
 def test_top5_counts_five():
     logits = torch.arange(7.0).repeat(2, 1)
-    first, second = score(logits, torch.tensor([2, 1]), logits, logits, logits)
+    first, second = score(logits, torch.tensor([2, 1]), logits, torch.rand(2, 3, 4, 4), None)
     assert (first["top5"], second["top5"]) == (1, 0)
 
 

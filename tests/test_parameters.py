@@ -266,7 +266,7 @@ def test_a_notebook_runs_a_script(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, timeout=60, kernel_name="python3", allow_errors=True).execute(cwd=str(tmp_path))
     said = ["".join(o.get("text", o.get("evalue", "")) for o in cell.outputs) for cell in notebook.cells]
-    assert "ImageNet2012/train_original" in said[0] and "--overwrite" in said[1] and said[2] == "goes on\n", said
+    assert "assets/ImageNet2012_train_original" in said[0] and "--overwrite" in said[1] and said[2] == "goes on\n", said
 
 
 STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}

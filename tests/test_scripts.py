@@ -142,7 +142,10 @@ def test_pixels_then_logits_then_test(start, experiment):
     assert results["variants"][0]["psnr_db"] is None and results["variants"][1]["psnr_db"] is None
     assert results["variants"][0]["agreement"] == 1
     once = {"device", "precision", "torch", "scale", "interpolation", "antialias", "classifier", "seed", "unreadable"}
-    assert set(results) == once | {"variants", "mcnemar", "training_run"} and results["precision"] == "float32"
+    assert (
+        set(results) == once | {"variants", "mcnemar", "training_run", "ours", "stopped_early"}
+        and results["precision"] == "float32"
+    )
     rows = read_csv(folder / "predictions.csv")
     assert len(rows) == 9 * 6 and {row["class"] for row in rows} == set(CLASSES)
     accuracy = sum(int(row["correct"]) for row in rows if row["variant"] == "DarioNet") / 9

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.darionet import build_darionet, initial_name, load_rrdbnet, note_of, trained_for, write_note
+from models.darionet import build_darionet, load_rrdbnet, note_of, row_name, trained_for, write_note
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
 from models.weights import PUBLISHED, generator_size, load_file, load_generator, load_strictly, save_file, unwrap
@@ -189,10 +189,10 @@ def test_saved_files_have_the_users_mode(weights, tmp_path):
 def test_names_of_the_initial_weights(weights, tmp_path):
     path = tmp_path / "RRDB_PSNR_x4.pt"
     save_file(weights, path)
-    assert initial_name(str(path)) == "ESRGAN"
-    for loss, name in (({"logits": 0, "pixels": 1}, "Pixels"), ({"logits": 1, "pixels": 0}, "Initial")):
+    assert row_name(str(path)) == "ESRGAN"
+    for loss, name in (({"logits": 0, "pixels": 1}, "Pixels"), ({"logits": 1, "pixels": 0}, "DarioNet")):
         write_note(path, {"loss": loss})
-        assert initial_name(str(path)) == name
+        assert row_name(str(path)) == name
 
 
 def test_a_note_belongs_to_the_weights_it_was_written_for(weights, tmp_path, capsys):
@@ -205,7 +205,7 @@ def test_a_note_belongs_to_the_weights_it_was_written_for(weights, tmp_path, cap
     for number, text in ((1, note), (2, hand_written), (3, note.replace('"sha256": "', '"sha256": "0'))):
         save_file({"other": torch.ones(number)}, path)  # another network's, under the note of the first
         note_of(path).write_text(text)
-        assert trained_for(str(path)) == {} and initial_name(str(path)) == "ESRGAN"
+        assert trained_for(str(path)) == {} and row_name(str(path)) == "ESRGAN"
         said = capsys.readouterr().out.splitlines()
         assert len(said) == 1 and "w.pt.json was written for other weights" in said[0]
     path.unlink()

@@ -9,7 +9,7 @@ set -x
 python -m examples.tiny_imagenet.prepare "$archive"
 python img_sampler_train.py --link --parameters $here/parameters.json
 python img_sampler_val.py --link --parameters $here/parameters.json
-python -m examples.train_classifier --parameters $here/parameters.json --epochs 12 --shift 6
+python examples/train_classifier.py --parameters $here/parameters.json --epochs 12 --shift 6
 python train_darionet.py --parameters $here/pixels.json
 python train_darionet.py --parameters $here/parameters.json
 python test.py --parameters $here/parameters.json
