@@ -162,9 +162,8 @@ def main() -> int:
             for epoch in range(state.epoch, training.epochs):
                 train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
                 left = epoch_batches(len(train_set), size, epoch=epoch, **order)[state.batch :]
-                bar = progress_bar(
-                    epoch_steps, f"epoch {epoch + 1}/{training.epochs}", training.verbose, initial=state.batch
-                )
+                title = f"epoch {epoch + 1}/{training.epochs}"
+                bar = progress_bar(epoch_steps, title, training.verbose, initial=state.batch)
                 started = time.perf_counter()
                 with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
                     for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
@@ -240,12 +239,10 @@ def main() -> int:
                 remember()
                 print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}\n{folder}")
                 return stopper.code
-    if not runtime.is_main:
-        return 0
-    if state.unreadable:
+    if state.unreadable and runtime.is_main:
         print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
-    if state.history[-1]["val_unreadable"]:
-        print(f"{state.history[-1]['val_unreadable']} validation images could not be read and were not scored")
+    if lost := state.history[-1]["val_unreadable"]:
+        print(f"{lost} validation images could not be read and were not scored")
     if not math.isfinite(state.best):
         raise InputError(
             "the validation loss was never finite, so no weights were written: lower training.learning_rate, "
