@@ -6,7 +6,8 @@
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
 
-Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen.
+Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
+the network of examples/photographs is taken, with its classifier.
 """
 
 import re
@@ -30,6 +31,8 @@ from models.scaler import Reduction
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
 LARGEST_SMALL = 1.5  # times val_crop_size: an image larger than that is not small
+SMALLEST_LARGE = 0.5  # times val_crop_size: one smaller than that is no original
+SHIPPED = Path(__file__).parent / "examples/photographs/parameters.json"
 
 
 class Reader:
@@ -77,10 +80,12 @@ class Reader:
         """The image as (1,3,H,W) in [0,1]: whole where it is `small`, else resized and cropped as for the test.
 
         Raises:
-            UnreadableImage: no image, or not small.
+            UnreadableImage: no image; not small, or small already.
         """
         image = read_image(path)
         if not small:
+            if min(image.size) < SMALLEST_LARGE * self.t.val_crop_size:
+                raise UnreadableImage(f"{image.width}x{image.height} pixels: it looks small already; add --small")
             return to_float(Transform(self.t.resize_size, self.t.val_crop_size)(image, 0)[None], self.runtime.device)
         limit = int(LARGEST_SMALL * self.t.val_crop_size)
         if min(image.size) > limit or max(image.size) > 4 * limit:
@@ -105,7 +110,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
     arguments = parser.parse_args()
-    parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
+    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     path = Path(arguments.image)
     if not path.exists():
         raise InputError(f"{path}: no such image")
@@ -138,6 +143,17 @@ def main() -> int:
     print(folder)
     plots.show_window(folder / ("small.png" if arguments.small else "classification.png"))
     return 0
+
+
+def parameters_or_shipped(file: str | None, settings: list[str], weights: list[str] | None) -> Parameters:
+    """The parameters; those of the shipped network where none is named and the default's weights are absent."""
+    parameters = read_parameters(file or "parameters.json", settings)
+    if file is None and not weights and not Path(parameters.darionet.weights).is_file() and SHIPPED.is_file():
+        shipped = read_parameters(SHIPPED, settings)
+        if Path(shipped.darionet.weights).is_file():
+            print(f"{parameters.darionet.weights} is not there: taking {shipped.darionet.weights} and its classifier")
+            return shipped
+    return parameters
 
 
 def run_folder(path: Path) -> Path:

@@ -479,3 +479,38 @@ def test_classifier_for_data_that_has_none(start, experiment, monkeypatch):
         run_script(script.main)
     assert stop.value.code == 0
     assert open_classifier("resnet18", "own.pt").class_names == CLASSES
+
+
+def test_a_thumbnail_that_is_taken_for_a_photograph(start, trained):
+    for side, refused in ((12, True), (15, True), (16, False), (40, False)):
+        draw("discs", 1, side).save("thumbnail.png")
+        result = start("try_darionet", "thumbnail.png")
+        if refused:
+            one_line(result, f"thumbnail.png: {side}x{side} pixels: it looks small already; add --small")
+        else:
+            assert result.code == 0, result.err
+
+
+def test_without_weights_of_ones_own_the_shipped_network_is_taken(start, trained, monkeypatch):
+    """The example as a whole: its parameters, its classifier, its weights."""
+    Path("DarioNet.pt").rename("shipped.pt")
+    Path("DarioNet.pt.json").rename("shipped.pt.json")
+    values = json.loads(Path("parameters.json").read_text())
+    values["transformations"]["scale"] = 0.5
+    values["darionet"]["weights"] = "shipped.pt"
+    Path("shipped.json").write_text(json.dumps(values))
+    draw("discs", 1).save("a.png")
+    load = load_script
+
+    def with_shipped(name):
+        module = load(name)
+        module.SHIPPED = Path("shipped.json")
+        return module
+
+    monkeypatch.setattr("conftest.load_script", with_shipped)
+    result = start("try_darionet", "a.png")
+    assert result.code == 0 and "DarioNet.pt is not there: taking shipped.pt and its classifier" in result.out
+    assert json.loads((last_line(result) / "parameters.json").read_text())["transformations"]["scale"] == 0.5
+    one_line(start("try_darionet", "a.png", "--weights", "absent.pt"), "absent.pt: no such weights file")
+    one_line(start("try_darionet", "a.png", "--parameters", "parameters.json"), "DarioNet.pt: no such weights file")
+    one_line(start("test"), "DarioNet.pt: no such weights file")
