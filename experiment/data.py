@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms.v2 import functional as vision
 
 from experiment.runtime import STOP_SIGNALS, Stopper
 from experiment.sampling import ENDINGS, open_images
@@ -175,8 +175,8 @@ class Transform(NamedTuple):
     def __call__(self, image: Image.Image, index: int) -> Tensor:
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
-            image = F.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
-        image = F.resize(image, [self.resize])
+            image = vision.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
+        image = vision.resize(image, [self.resize])
         top, left = (image.height - self.crop) // 2, (image.width - self.crop) // 2
         flips = (False, False)
         if self.epoch is not None:

@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -422,7 +423,7 @@ def from_file(architecture: str, weights: str | None) -> tuple[nn.Module, dict]:
         raise InputError(f"classifier.architecture: {path}: no such file; expected FILE.py:FUNCTION")
     try:
         spec = importlib.util.spec_from_file_location(f"classifier_{Path(path).stem}", path)
-        module = importlib.util.module_from_spec(spec)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where dataclasses look for it
         spec.loader.exec_module(module)
         make = getattr(module, function, None)
         network = make() if callable(make) else None
