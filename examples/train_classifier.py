@@ -81,7 +81,7 @@ def main() -> int:
 
         # Residual branches that start at zero (Goyal et al. 2017, section 5.1): ResNets learn in a few hundred steps.
         options = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
-        options |= {"aux_logits": False} if quick(name) else {}
+        options |= quick(name) | {"aux_logits": False} if quick(name) else {}
         network = get_model(name, weights=None, num_classes=len(class_names), **options)
         frozen = FrozenClassifier(copy.deepcopy(network), class_names)
         for key in ("train_crop_size", "val_crop_size"):

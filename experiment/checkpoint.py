@@ -75,7 +75,7 @@ class State:
             self.bad_in_a_row += done.bad
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise InputError(
-                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower training.learning_rate, "
+                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower the learning rate, "
                 "or set training.precision to float32; the last checkpoint stands"
             )
 

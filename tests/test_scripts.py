@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT, draw, draw_folder, load_script, one_line, write_parameters
+from conftest import CLASSES, ROOT, Result, draw, draw_folder, load_script, one_line, write_parameters
 from PIL import Image
 from torchvision.models import get_model
 
-from models.classifier import save_classifier
+from models.classifier import open_classifier, save_classifier
 from models.darionet import write_note
 from models.rrdbnet import RRDBNet
 
@@ -467,18 +467,133 @@ def test_the_default_without_imagenet(tmp_path):
     assert "\n" not in line and "assets/ImageNet2012_train: no such folder" in line and "make demo" in line
 
 
-def test_classifier_for_data_that_has_none(start, experiment, monkeypatch):
-    """examples/train_classifier.py writes what FrozenClassifier reads."""
+@pytest.fixture
+def train_classifier(experiment, monkeypatch, capfd):
+    """Calls examples/train_classifier.py with options -> Result; it writes own.pt."""
     import examples.train_classifier as script
     from experiment.parameters import run_script
-    from models.classifier import open_classifier
 
-    write_parameters(experiment / "parameters.json", classifier={"weights": "own.pt"})
-    monkeypatch.setattr(sys, "argv", ["train_classifier", "--epochs", "1", "--batch-size", "4", "--shift", "2"])
-    with pytest.raises(SystemExit) as stop:
-        run_script(script.main)
-    assert stop.value.code == 0
+    def call(*options) -> Result:
+        write_parameters(experiment / "parameters.json", classifier={"weights": "own.pt"})
+        monkeypatch.setattr(sys, "argv", ["train_classifier.py", "--batch-size", "4", *map(str, options)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script.main)
+        return Result(stop.value.code, *capfd.readouterr())
+
+    return call
+
+
+def test_classifier_for_data_that_has_none(train_classifier):
+    """examples/train_classifier.py writes what open_classifier reads."""
+    result = train_classifier("--epochs", 2, "--shift", 2)
+    assert result.code == 0, result.err
     assert open_classifier("resnet18", "own.pt").class_names == CLASSES
+    assert "12 images of 3 classes in train" in result.out and "own.pt" in result.out
+    folder = last_line(result)
+    assert folder.name.startswith("classifier_")
+    finished = train_classifier("--epochs", 2, "--shift", 2, "--resume", folder)
+    assert finished.code == 0 and "epoch 1" not in finished.out
+
+
+def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_classifier, monkeypatch):
+    whole = checkpoint(last_line(train_classifier("--epochs", 2, "--shift", 2)))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGTERM)
+        stopped = train_classifier("--epochs", 2, "--shift", 2)
+    assert stopped.code == 143 and "add --resume" in stopped.out
+    resumed = train_classifier("--epochs", 2, "--shift", 2, "--resume")
+    assert resumed.code == 0, resumed.err
+    found = checkpoint(last_line(resumed))
+    assert same_state(found, whole | {"resolved": found["resolved"]})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--label-smoothing", 2], "--label-smoothing 2.0: has to be from 0 to 1"),
+        (["--learning-rate", "nan"], "--learning-rate nan"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--set", "classifier.weights=parameters.json/own.pt"], "parameters.json/own.pt: can't be written"),
+        (["--set", "classifier.weights=train"], "train: can't be written"),
+        (["--set", "classifier.architecture=vit_b_32"], "can't read images of 32x32 pixels"),
+        (["--set", "classifier.architecture=alexnet"], "can't read images of 32x32 pixels"),
+        (["--set", "data.train=nowhere"], "nowhere: no such folder"),
+        (["--set", "data.val=held_out"], "the classifier has no class named others"),
+    ],
+)
+def test_what_a_classifier_cannot_be_trained_with(train_classifier, experiment, options, message):
+    draw_folder(experiment / "held_out", 1, ["discs"])
+    (experiment / "held_out" / "discs").rename(experiment / "held_out" / "others")
+    one_line(train_classifier(*options), message)
+    assert not Path("own.pt").exists() and not Path("assets/logs").exists()
+
+
+def test_a_classifier_of_damaged_images(train_classifier, experiment):
+    (experiment / "train" / CLASSES[0] / "0.png").write_bytes(b"broken")
+    result = train_classifier("--epochs", 1)
+    assert result.code == 0 and "1 training images could not be read" in result.out
+    assert read_csv(last_line(result) / "unreadable.csv")[0]["image"] == f"{CLASSES[0]}/0.png"
+    Path("own.pt").unlink()
+    for path in (experiment / "train" / CLASSES[0]).iterdir():
+        path.write_bytes(b"")
+    one_line(train_classifier("--epochs", 1), f"no image of {CLASSES[0]} can be read")
+    assert not Path("own.pt").exists()
+
+
+def test_a_classifier_that_diverges(train_classifier):
+    result = train_classifier("--epochs", 9, "--learning-rate", 100, "--set", "training.precision=float32")
+    if result.code == 0:  # it did not: then all is finite
+        assert "nan" not in result.out
+    else:
+        one_line(result, "not finite")
+    if Path("own.pt").exists():
+        assert all(torch.isfinite(p).all() for p in open_classifier("resnet18", "own.pt").network.parameters())
+
+
+def test_googlenet_from_scratch(train_classifier):
+    """Its auxiliary outputs are left out."""
+    result = train_classifier("--epochs", 1, "--set", "classifier.architecture=googlenet")
+    assert result.code == 0, result.err
+    assert open_classifier("googlenet", "own.pt").class_names == CLASSES
+
+
+def test_figures_of_a_test_folder_that_went_away(start, trained, monkeypatch):
+    import shutil
+
+    from experiment import evaluation
+
+    joined = evaluation.joined
+
+    def and_gone(*arguments):
+        shutil.rmtree("test")
+        return joined(*arguments)
+
+    monkeypatch.setattr(evaluation, "joined", and_gone)
+    result = start("test")
+    assert result.code == 0 and "Figures that show images are left out" in result.out
+    folder = last_line(result)
+    assert (folder / "table.png").is_file() and (folder / "report.pdf").is_file()
+    assert not (folder / "triptychs.png").exists()
+
+
+def test_rows_are_named_for_what_they_are(start, trained):
+    """Plain ESRGAN alone, and two DarioNets under their files' names."""
+    torch.manual_seed(3)
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "plain.pth")
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "B.pt")
+    write_note("B.pt", {"loss": {"logits": 1.0}})
+    for options, names in (
+        (["--weights", "plain.pth"], ["ESRGAN"]),
+        (["--weights", "DarioNet.pt", "B.pt"], ["DarioNet", "B"]),
+        (["--weights", "plain.pth", "B.pt"], ["ESRGAN", "DarioNet"]),
+    ):
+        result = start("test", *options)
+        assert result.code == 0, result.err
+        results = json.loads((last_line(result) / "results.json").read_text())
+        assert [v["name"] for v in results["variants"]] == ["Original", "Small", "Bilinear", "Bicubic", *names]
+        assert results["ours"] == names[-1]
+        assert [test["second"] for test in results["mcnemar"]] == ["Bilinear", *names[:-1]]
 
 
 def test_a_thumbnail_that_is_taken_for_a_photograph(start, trained):
