@@ -197,6 +197,8 @@ def main() -> int:
             return stopper.code
     if state.unreadable:
         print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
+    if lost := state.history[-1]["val_unreadable"]:
+        print(f"{lost} of {len(val_set)} validation images could not be read and were not scored")
     if not math.isfinite(state.best):
         raise InputError("the validation loss was never finite, so nothing was written: lower --learning-rate")
     print(f"Weights of the best validation loss ({state.best:.4f}): {place}")

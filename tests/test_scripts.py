@@ -535,8 +535,11 @@ def test_a_classifier_of_damaged_images(train_classifier, experiment):
     assert result.code == 0 and "1 training images could not be read" in result.out
     assert read_csv(last_line(result) / "unreadable.csv")[0]["image"] == f"{CLASSES[0]}/0.png"
     Path("own.pt").unlink()
+    (experiment / "val" / CLASSES[0] / "0.png").write_bytes(b"")
+    assert "1 of 6 validation images could not be read" in train_classifier("--epochs", 1).out
     for path in (experiment / "train" / CLASSES[0]).iterdir():
         path.write_bytes(b"")
+    Path("own.pt").unlink()
     one_line(train_classifier("--epochs", 1), f"no image of {CLASSES[0]} can be read")
     assert not Path("own.pt").exists()
 
@@ -575,6 +578,20 @@ def test_figures_of_a_test_folder_that_went_away(start, trained, monkeypatch):
     folder = last_line(result)
     assert (folder / "table.png").is_file() and (folder / "report.pdf").is_file()
     assert not (folder / "triptychs.png").exists()
+
+
+def test_scores_that_overflow_make_no_row(start, trained):
+    state = torch.load("DarioNet.pt", weights_only=True)
+    for key in ("HRconv.weight", "conv_last.weight"):
+        state[key].fill_(3e38)
+    state["conv_last.weight"][:, ::2] *= -1  # infinite minus infinite is no number
+    state["HRconv.bias"].fill_(3e38)
+    torch.save(state, "DarioNet.pt")
+    write_note("DarioNet.pt", {"loss": {"logits": 1.0}})
+    draw("discs", 1).save("a.png")
+    one_line(start("test"), "the scores on the images of DarioNet are not finite")
+    one_line(start("try_darionet", "a.png"), "are not finite")
+    assert not list(Path("assets/logs").glob("*/results.json"))
 
 
 def test_rows_are_named_for_what_they_are(start, trained):
