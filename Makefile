@@ -1,4 +1,4 @@
-# make demo   the whole program on drawn pictures, offline after installation, in about 7 minutes on two cores
+# make demo   the whole program on drawn pictures, offline after installation, in about 10 minutes on two cores
 # make photographs   what the shipped network makes of 200 free photographs, in about 5 minutes on two cores
 # make test   the checks
 # make soak   the long checks of RELIABILITY.md, at most 30 minutes on two cores
