@@ -1,5 +1,5 @@
 # make demo   the whole program on drawn pictures, offline after installation, in about 10 minutes on two cores
-# make photographs   what the shipped network makes of 200 free photographs, in about 5 minutes on two cores
+# make photographs   what the network of examples/photographs, once it is trained, makes of 200 free photographs
 # make test   the checks
 # make soak   the long checks of RELIABILITY.md, at most 30 minutes on two cores
 # make clean  removes the demo's pictures and weights; runs in assets/logs stay

@@ -7,7 +7,7 @@
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
-the network of examples/photographs is taken, with its classifier.
+the network of examples/photographs is taken with its classifier, if that is there.
 """
 
 import re
