@@ -78,6 +78,7 @@ def main() -> int:
             raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")
         targets = torch.tensor(train_set.targets(class_names), device=runtime.device)
         val_targets = val_set.targets(class_names, required=True)
+        held_out = torch.tensor(val_targets, device=runtime.device)
 
         # Residual branches that start at zero (Goyal et al. 2017, section 5.1): ResNets learn in a few hundred steps.
         options = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
@@ -118,13 +119,11 @@ def main() -> int:
 
         def loss(images: Tensor, indices: Tensor) -> Losses:
             """Cross-entropy of the classes, of shifted pictures in training."""
-            known = targets[indices.to(runtime.device)]
+            known = (targets if network.training else held_out)[indices.to(runtime.device)]
             if network.training and arguments.shift:
                 images = shifted(images, arguments.shift, f"{seed}/{state.epoch}/{state.batch}")
             scores = network((images - mean) / std).float()
             smoothing = arguments.label_smoothing if network.training else 0.0
-            if not network.training:
-                known = torch.tensor(val_targets, device=runtime.device)[indices.to(runtime.device)]
             total = F.cross_entropy(scores, known, label_smoothing=smoothing)
             return Losses(total, {}, scores.new_zeros(len(scores)), scores.detach(), scores.detach())
 
