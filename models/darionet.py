@@ -27,7 +27,12 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
 
 
 def build_darionet(
-    features: int, blocks: int, growth: int, initial_weights: str | None, device: torch.device | str = "cpu"
+    features: int,
+    blocks: int,
+    growth: int,
+    initial_weights: str | None,
+    device: torch.device | str = "cpu",
+    memory_format: torch.memory_format = torch.channels_last,
 ) -> RRDBNet:
     """A DarioNet to be trained: of the size asked for, from the file `initial_weights`, or random where that is None.
 
@@ -49,7 +54,7 @@ def build_darionet(
                 f"and {(features, blocks, growth)} in the parameters (darionet)"
             )
         load_strictly(network, weights, initial_weights)
-    return prepare(network, device)
+    return prepare(network, device, memory_format)
 
 
 def load_upscalers(
@@ -141,6 +146,8 @@ def other_size(path: str, side: int, full_side: int) -> str | None:
     return f"Note: {path} was trained for small images of {trained} pixels, not {side}; expect less"
 
 
-def prepare(network: RRDBNet, device: torch.device | str) -> RRDBNet:
-    """On `device`, in channels_last: the memory order in which convolutions in half precision run fastest."""
-    return network.to(device=device, memory_format=torch.channels_last)
+def prepare(
+    network: RRDBNet, device: torch.device | str, memory_format: torch.memory_format = torch.channels_last
+) -> RRDBNet:
+    """On `device`, in channels_last where nothing else is asked for: what evaluates soonest everywhere."""
+    return network.to(device=device, memory_format=memory_format)

@@ -85,8 +85,10 @@ class RRDBNet(nn.Module):
         self.conv_last = nn.Conv2d(features, 3, 3, padding=1)
 
     def forward(self, small: Tensor) -> Tensor:
-        """(N,3,h,w) float in [0,1] -> (N,3,4h,4w)."""
-        first = x = self.conv_first(small)
+        """(N,3,h,w) float in [0,1] -> (N,3,4h,4w); computed in the memory order of the weights."""
+        nhwc = self.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
+        order = torch.channels_last if nhwc else torch.contiguous_format
+        first = x = self.conv_first(small.contiguous(memory_format=order))
         for block in self.RRDB_trunk:
             x = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False) if self.recompute else block(x)
         x = first + self.trunk_conv(x)
