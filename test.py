@@ -54,7 +54,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, noted_architecture, open_classifier
-from models.darionet import load_upscalers, other_input, trained_for
+from models.darionet import load_upscalers, other_input, prepare, trained_for
 from models.errors import InputError
 from models.pipeline import Pipeline
 from models.scaler import Reduction, reduced_length
@@ -83,8 +83,7 @@ def main() -> int:
         dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, d.initial_weights, runtime.device)
-        classifier = open_classifier(**parameters.classifier[0].model_dump())
-        classifier.to(runtime.device, memory_format=torch.channels_last)
+        classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
         classifier.require(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         pipelines = make_pipelines(classifier, reduction, networks)
@@ -181,7 +180,7 @@ def write_results(
     variants = summarise(result.rows, result.seconds, result.timed, parameters.test.seed)
     results = {
         "variants": variants,
-        "device": torch.cuda.get_device_name() if runtime.device.type == "cuda" else "cpu",
+        "device": runtime.name(),
         "precision": runtime.precision,
         "torch": str(torch.__version__),
         "scale": t.scale,

@@ -60,7 +60,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import build_darionet, write_note
+from models.darionet import build_darionet, prepare, write_note
 from models.errors import InputError
 from models.files import refuse_unwritable, remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
@@ -257,7 +257,7 @@ def main() -> int:
 
 def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> FrozenClassifier:
     """A classifier on the device, known to read the crops of training and validation."""
-    classifier = open_classifier(**arguments).to(runtime.device, memory_format=torch.channels_last)
+    classifier = prepare(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
         classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
     if runtime.precision != "float32":

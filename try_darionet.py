@@ -24,7 +24,7 @@ from experiment.metrics import BASELINE, require_finite, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from models.classifier import open_classifier
-from models.darionet import load_upscalers, other_input, other_size
+from models.darionet import load_upscalers, other_input, other_size, prepare
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Reduction
@@ -46,8 +46,7 @@ class Reader:
         networks = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
         self.restores = {BASELINE: Enlarge("bilinear")}  # by the name of the results table's row
         self.restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
-        self.classifier = open_classifier(**parameters.classifier[0].model_dump())
-        self.classifier.to(self.runtime.device, memory_format=torch.channels_last)
+        self.classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), self.runtime.device)
         self.classifier.require(t.val_crop_size, "transformations.val_crop_size")
 
     @property

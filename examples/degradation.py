@@ -25,7 +25,7 @@ from experiment.metrics import BASELINE, require_finite, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from models.classifier import open_classifier
-from models.darionet import load_upscalers
+from models.darionet import load_upscalers, prepare
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Jpeg, Reduction
@@ -54,8 +54,7 @@ def main() -> int:
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    classifier = open_classifier(**parameters.classifier[0].model_dump())
-    classifier.to(runtime.device, memory_format=torch.channels_last)
+    classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
     classifier.require(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}

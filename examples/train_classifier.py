@@ -40,6 +40,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
+from models.darionet import prepare
 from models.errors import InputError
 from models.files import refuse_unwritable
 
@@ -87,7 +88,7 @@ def main() -> int:
         frozen = FrozenClassifier(copy.deepcopy(network), class_names)
         for key in ("train_crop_size", "val_crop_size"):
             frozen.require(getattr(t, key), f"transformations.{key}")
-        network.to(runtime.device, memory_format=torch.channels_last)
+        prepare(network, runtime.device)
         mean = torch.tensor(IMAGENET_MEAN, device=runtime.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=runtime.device).view(1, 3, 1, 1)
         optimizer = torch.optim.SGD(

@@ -440,6 +440,7 @@ def over_the_limit(what: str, error: Exception) -> OneProcessError:
 
 
 def to_float(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 (N,3,H,W) -> float32 in [0,1] on `device`, in channels_last."""
-    images = images.to(device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    """uint8 (N,3,H,W) -> float32 in [0,1] on `device`, in channels_last but on Macs' GPUs."""
+    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    images = images.to(device, non_blocking=True).contiguous(memory_format=order)
     return images.float().div_(255)

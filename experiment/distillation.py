@@ -208,7 +208,7 @@ def step(
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.zero_grad(set_to_none=True)
-    sums = torch.zeros(2, dtype=torch.float64, device=runtime.device)  # loss and PSNR, over images
+    sums = torch.zeros(2, dtype=runtime.widest, device=runtime.device)  # loss and PSNR, over images
     if len(batch.images):
         images = to_float(batch.images, runtime.device)
         with runtime.autocast():
@@ -226,7 +226,7 @@ def step(
     scaler.unscale_(optimizer)
     norm = nn.utils.clip_grad_norm_(network.parameters(), clip_norm or math.inf)
     # The one time in a step that the host waits for the device.
-    total, psnr, norm = torch.cat([runtime.sum(sums), norm.double().view(1)]).tolist()
+    total, psnr, norm = torch.cat([runtime.sum(sums), norm.to(sums).view(1)]).tolist()
     taken = math.isfinite(total) and math.isfinite(norm)
     # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
     settling = scaler.is_enabled() and math.isfinite(total) and scaler.get_scale() >= 1

@@ -40,9 +40,17 @@ class Runtime:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """In which convolutions train soonest (benchmarks/README.md): channels_last, but for float32 on a CPU."""
-        slow = self.device.type == "cpu" and self.precision == "float32"
-        return torch.contiguous_format if slow else torch.channels_last
+        """In which convolutions train soonest (benchmarks/README.md): channels_last, but for float32 on a CPU.
+
+        Macs are given what every one of their kernels takes.
+        """
+        plain = self.device.type == "mps" or (self.device.type == "cpu" and self.precision == "float32")
+        return torch.contiguous_format if plain else torch.channels_last
+
+    @property
+    def widest(self) -> torch.dtype:
+        """For sums: float64, which Macs' GPUs lack."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place.
@@ -79,12 +87,16 @@ class Runtime:
         return torch.autocast(self.device.type, DTYPES[self.precision], enabled=self.precision != "float32")
 
     def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def name(self) -> str:
+        """The GPU's name, "mps" or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def describe(self) -> str:
-        if self.device.type == "cuda":
-            machine = f"{torch.cuda.get_device_name(self.device)}, {self.precision}"
+        if self.device.type != "cpu":
+            machine = f"{self.name()}, {self.precision}"
         else:
             machine = f"CPU with {torch.get_num_threads()} threads, {self.precision}"
         return machine if self.processes == 1 else f"{self.processes} processes, each on {machine}"
@@ -102,7 +114,7 @@ def lost_process():
 
 
 def start_runtime(precision: str) -> Runtime:
-    """The GPU where there is one, else the CPU; "auto" takes the fastest precision that the device has in hardware.
+    """The GPU where there is one (a Mac's is "mps"), else the CPU; "auto" takes the fastest precision in hardware.
 
     Under torchrun it joins the other processes, each on the GPU of its local rank.
 
@@ -110,7 +122,8 @@ def start_runtime(precision: str) -> Runtime:
         InputError: fp16 without a GPU; more processes than GPUs; several tasks that srun started, without torchrun.
     """
     refuse_tasks_without_torchrun()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mps = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else mps)
     if device.type == "cpu":
         keep_freed_memory()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -118,7 +131,7 @@ def start_runtime(precision: str) -> Runtime:
         if device.type == "cuda":
             precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
         else:
-            precision = "bf16" if cpu_has_bf16() else "float32"
+            precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "float32"
     if precision == "fp16" and device.type == "cpu":
         raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
     if processes > 1:

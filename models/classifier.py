@@ -12,12 +12,14 @@ from urllib.error import URLError
 
 import torch
 import torchvision
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights, list_models
 
 from models.errors import InputError
 from models.fast import Recorder, fold
-from models.scaler import at_least_float32
+from models.images import to_tensor
+from models.scaler import Scaler, at_least_float32
 from models.weights import load_file, load_strictly, refuse_other_file, save_file, unwrap
 
 LABELS_FILE = Path(__file__).parent.parent / "assets" / "labels.json"
@@ -186,6 +188,17 @@ class FrozenClassifier(nn.Module):
         logits = self.network_in_use()((images - self.mean) / self.std)
         self.seen.clear()
         return logits
+
+    @torch.no_grad()
+    def read(self, image: Image.Image | Tensor, side: int = 256, top: int = 5) -> list[tuple[str, float]]:
+        """What an image shows: the `top` likeliest classes, (label, probability) each.
+
+        `image` is a PIL image, (3,H,W) or (1,3,H,W) float in [0,1]; its shorter side is resized to `side` pixels.
+        """
+        images = to_tensor(image) if isinstance(image, Image.Image) else image.reshape(1, 3, *image.shape[-2:])
+        resized = Scaler(side, antialias=True)(images.to(self.mean.device)).clamp(0, 1)
+        best = self(resized)[0].float().softmax(0).topk(min(top, len(self.labels)))
+        return [(self.labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
     def look(self, images: Tensor) -> Look:
         """(N,3,H,W) float in [0,1] -> logits, the last layer's input and the maps, float32."""

@@ -1,17 +1,55 @@
-"""DarioNet: the RRDBNet that a parameters.json names, with or without its weights."""
+"""DarioNet: trained weights ready for use, and the RRDBNet that a parameters.json names."""
 
 import functools
 import json
 import os
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from PIL import Image
+from torch import Tensor, nn
 
 from models.errors import InputError
 from models.files import write_text
+from models.images import to_image, to_tensor
+from models.pipeline import Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
 from models.weights import generator_size, load_generator, load_strictly, say, sha256_of
+
+Images = TypeVar("Images", Image.Image, Tensor)
+Network = TypeVar("Network", bound=nn.Module)
+
+SHIPPED = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
+
+
+class DarioNet:
+    """A trained network, ready to rebuild images.
+
+    Args:
+        weights: a file that train_darionet.py wrote, or any RRDBNet x4; as it stands, the network for photographs that
+            the project brings.
+        device: "cpu", "cuda", ...
+
+    Raises:
+        InputError: no file, not weights, or not an RRDBNet x4.
+    """
+
+    def __init__(self, weights: str | Path = SHIPPED, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self.restore = Upscale(load_rrdbnet(str(weights), device).eval())
+
+    @torch.no_grad()
+    def __call__(self, images: Images, size: tuple[int, int] | None = None) -> Images:
+        """Rebuilds a small image: a PIL image, or (N,3,h,w) float in [0,1]; gives the same kind, values in [0,1].
+
+        `size` is (height, width) in pixels; None is four times that of the small image.
+        """
+        small = to_tensor(images) if isinstance(images, Image.Image) else images
+        height, width = size or (4 * small.shape[-2], 4 * small.shape[-1])
+        rebuilt = self.restore(small.to(self.device), (height, width)).clamp(0, 1)
+        return to_image(rebuilt) if isinstance(images, Image.Image) else rebuilt
 
 
 def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
@@ -32,7 +70,7 @@ def build_darionet(
     growth: int,
     initial_weights: str | None,
     device: torch.device | str = "cpu",
-    memory_format: torch.memory_format = torch.channels_last,
+    memory_format: torch.memory_format | None = None,
 ) -> RRDBNet:
     """A DarioNet to be trained: of the size asked for, from the file `initial_weights`, or random where that is None.
 
@@ -146,8 +184,7 @@ def other_size(path: str, side: int, full_side: int) -> str | None:
     return f"Note: {path} was trained for small images of {trained} pixels, not {side}; expect less"
 
 
-def prepare(
-    network: RRDBNet, device: torch.device | str, memory_format: torch.memory_format = torch.channels_last
-) -> RRDBNet:
-    """On `device`, in channels_last where nothing else is asked for: what evaluates soonest everywhere."""
-    return network.to(device=device, memory_format=memory_format)
+def prepare(network: Network, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Network:
+    """On `device`, in channels_last where nothing else is asked for: what evaluates soonest, but on Macs' GPUs."""
+    default = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
+    return network.to(device=device, memory_format=memory_format or default)

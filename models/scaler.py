@@ -51,8 +51,12 @@ class Scaler(nn.Module):
         Float64 stays what it is.
         """
         images = at_least_float32(images)
+        mode = INTERPOLATIONS[self.interpolation]
         with torch.autocast(images.device.type, enabled=False):
-            return resize(images, self.sides, INTERPOLATIONS[self.interpolation], antialias=self.antialias)
+            try:
+                return resize(images, self.sides, mode, antialias=self.antialias)
+            except NotImplementedError:  # what MPS lacks
+                return resize(images.cpu(), self.sides, mode, antialias=self.antialias).to(images.device)
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -1,15 +1,22 @@
+import io
 import json
+import math
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, get_model
 
+import models.scaler
 from benchmarks.correctness import drawn_images
+from experiment.runtime import start_runtime
 from models.classifier import LABELS_FILE, FrozenClassifier, head_of, open_classifier, quick, save_classifier
+from models.darionet import DarioNet
 from models.errors import InputError
+from models.images import to_image, to_tensor
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
 from models.scaler import Jpeg, RandomReduction, Reduction, Scaler, reduced_length
@@ -490,3 +497,78 @@ def test_a_reduction_drawn_for_every_image():
     assert min(sides) >= 10 and max(sides) <= 20 and len(sides) > 5
     plain = RandomReduction([0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95])
     assert plain.drawn("x", range(8))(images).equal(Reduction()(images))
+
+
+# From Python
+
+
+def test_darionet_rebuilds_images_of_both_kinds(tmp_path):
+    torch.manual_seed(0)
+    network = RRDBNet(8, 1, 4)
+    torch.save(network.state_dict(), tmp_path / "D.pt")
+    darionet = DarioNet(tmp_path / "D.pt")
+    small = drawn_images(1, 12, 5)
+    expected = Scaler((48, 48))(network(small)).clamp(0, 1)
+    assert torch.allclose(darionet(small), expected, atol=1e-5)
+    assert darionet(small, (30, 20)).shape == (1, 3, 30, 20)
+    picture = darionet(to_image(small))
+    assert picture.size == (48, 48) and picture.mode == "RGB"
+    assert (to_tensor(picture) - darionet(to_tensor(to_image(small)))).abs().max() <= 0.5 / 255 + 1e-6
+    assert not darionet(small).requires_grad
+
+
+def test_images_keep_their_values_and_their_turn():
+    picture = Image.new("L", (3, 2), 51)
+    picture.putpixel((0, 0), 255)
+    pixels = to_tensor(picture)
+    assert pixels.shape == (1, 3, 2, 3) and pixels[0, :, 0, 0].eq(1).all() and pixels[0, 0, 1, 1] == pytest.approx(0.2)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    file = io.BytesIO()
+    picture.save(file, "JPEG", exif=exif)
+    assert to_tensor(Image.open(file)).shape == (1, 3, 3, 2)
+    assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_classifier_reads_a_picture(tmp_path):
+    class Brightness(nn.Module):
+        """Scores of "dark", "grey" and "bright"."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(1, 3)
+            self.head.weight.data = torch.tensor([[-10.0], [0.0], [10.0]])
+            self.head.bias.data = torch.zeros(3)
+
+        def forward(self, images):
+            return self.head(images.mean((1, 2, 3))[:, None])
+
+    classifier = FrozenClassifier(Brightness(), ["dark", "grey", "bright"], (0.5,) * 3, (0.5,) * 3)
+    read = classifier.read(Image.new("RGB", (30, 20), (255, 255, 255)), side=8, top=2)
+    assert [label for label, _ in read] == ["bright", "grey"]
+    assert read[0][1] == pytest.approx(1 / (1 + math.exp(-10) + math.exp(-20)), abs=1e-6)
+    assert classifier.read(torch.zeros(3, 9, 9), side=8)[0][0] == "dark"
+
+
+def test_what_a_device_lacks_is_resized_on_the_cpu(monkeypatch):
+    """Macs: an operation that MPS lacks raises NotImplementedError."""
+    images, calls, resize = drawn_images(1, 16, 1), [], models.scaler.resize
+
+    def lacking(*arguments, **options):
+        calls.append(arguments[0])
+        if len(calls) == 1:
+            raise NotImplementedError("not for this device")
+        return resize(*arguments, **options)
+
+    expected = Scaler(5, antialias=True)(images)
+    monkeypatch.setattr("models.scaler.resize", lacking)
+    assert torch.equal(Scaler(5, antialias=True)(images), expected) and len(calls) == 2
+
+
+def test_a_mac_is_given_what_it_can(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    runtime = start_runtime("auto")
+    assert (str(runtime.device), runtime.precision, runtime.name()) == ("mps", "float32", "mps")
+    assert runtime.memory_format == torch.contiguous_format and runtime.widest == torch.float32
+    assert start_runtime("fp16").precision == "fp16"
