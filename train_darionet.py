@@ -44,7 +44,7 @@ from experiment.distillation import (
     step,
     validate,
 )
-from experiment.metrics import BASELINE, OURS, write_csv, write_json
+from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import (
     DTYPES,
@@ -88,6 +88,7 @@ def main() -> int:
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
+        require_tensorboard(training.tensorboard)
         runtime = start_runtime(training.precision)
         seed_without_tf32(training.seed)
         is_cuda = runtime.device.type == "cuda"
@@ -189,7 +190,9 @@ def main() -> int:
                         state.count(done, now - started)
                         started = now
                         if done.unreadable:
-                            list_unreadable(state, train_set, runtime, folder)
+                            if runtime.is_main:
+                                rows = [(train_set.paths[i], reason) for i, reason in sorted(state.unreadable.items())]
+                                write_csv(folder / "unreadable.csv", [{"image": i, "reason": r} for i, r in rows])
                             refuse_unreadable(state.unreadable, train_set, class_sizes)
                         bar.set_postfix_str(state.summary(), refresh=False)
                         bar.update()
@@ -230,7 +233,10 @@ def main() -> int:
                     write_csv(folder / "history.csv", state.history)
                     plots.training_curves(state.history, folder / "curves.png")
                     sample = Pipeline(OURS, teachers[0], reduction, evaluated_restore)
-                    draw_samples(sample, val_set, runtime, folder / "samples" / f"epoch_{state.epoch:02d}.png")
+                    strip = folder / "samples" / f"epoch_{state.epoch:02d}.png"
+                    draw_samples(sample, val_set, runtime, strip)
+                    if training.tensorboard:
+                        log_to_tensorboard(folder / "tensorboard", row, strip)
                     print_epoch(row, training.epochs, improved)
                 remember()
                 saved = time.monotonic()
@@ -294,12 +300,6 @@ def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
         "loss": parameters.training.loss.model_dump(),
         "run": str(folder),
     }
-
-
-def list_unreadable(state: State, train_set: ImageTree, runtime: Runtime, folder: Path | None) -> None:
-    if runtime.is_main:
-        rows = [{"image": train_set.paths[i], "reason": reason} for i, reason in sorted(state.unreadable.items())]
-        write_csv(folder / "unreadable.csv", rows)
 
 
 def print_epoch(row: dict, epochs: int, improved: bool) -> None:

@@ -5,10 +5,12 @@ import csv
 import io
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
 
 from models.errors import InputError
@@ -299,6 +301,23 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def require_tensorboard(wanted: bool) -> None:
+    if wanted and find_spec("tensorboard") is None:
+        raise InputError("training.tensorboard: TensorBoard is not installed; pip install tensorboard")
+
+
+def log_to_tensorboard(folder: Path, row: dict, strip: Path) -> None:
+    """Adds a row of history.csv, and the picture `strip` where it was drawn, to what TensorBoard shows of a run."""
+    from torch.utils.tensorboard import SummaryWriter  # no part of requirements.txt
+
+    with SummaryWriter(folder) as writer:
+        for key, value in row.items():
+            if key != "epoch" and value is not None:
+                writer.add_scalar(key, value, row["epoch"])
+        if strip.is_file():
+            writer.add_image("samples", np.array(Image.open(strip).convert("RGB")), row["epoch"], dataformats="HWC")
 
 
 def write_json(path: Path, values: object) -> None:

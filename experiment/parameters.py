@@ -128,6 +128,7 @@ class TrainingSection(Section):
     compile: bool = True
     recompute: bool = False
     checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
+    tensorboard: bool = False
 
 
 class TestSection(Section):

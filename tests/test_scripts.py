@@ -646,3 +646,23 @@ def test_without_weights_of_ones_own_the_shipped_network_is_taken(start, trained
     one_line(start("try_darionet", "a.png", "--weights", "absent.pt"), "absent.pt: no such weights file")
     one_line(start("try_darionet", "a.png", "--parameters", "parameters.json"), "DarioNet.pt: no such weights file")
     one_line(start("test"), "DarioNet.pt: no such weights file")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_training_for_tensorboard(start, experiment, monkeypatch, installed):
+    arguments = ("train_darionet", "--set", "training.tensorboard=true", "--set", "training.epochs=1")
+    if not installed:
+        monkeypatch.setattr("experiment.metrics.find_spec", lambda name: None)
+        one_line(start(*arguments), "training.tensorboard", "pip install tensorboard")
+        return
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = start(*arguments)
+    assert result.code == 0, result
+    run = Path(result.out.strip().splitlines()[-1])
+    seen = EventAccumulator(str(run / "tensorboard")).Reload()
+    with open(run / "history.csv") as file:
+        row = next(csv.DictReader(file))
+    assert seen.Scalars("val_loss")[0].value == pytest.approx(float(row["val_loss"]), rel=1e-5)
+    assert seen.Scalars("val_loss")[0].step == 1 and seen.Tags()["images"] == ["samples"]
