@@ -662,7 +662,7 @@ def test_training_for_tensorboard(start, experiment, monkeypatch, installed):
     assert result.code == 0, result
     run = Path(result.out.strip().splitlines()[-1])
     seen = EventAccumulator(str(run / "tensorboard")).Reload()
-    with open(run / "history.csv") as file:
+    with (run / "history.csv").open() as file:
         row = next(csv.DictReader(file))
     assert seen.Scalars("val_loss")[0].value == pytest.approx(float(row["val_loss"]), rel=1e-5)
     assert seen.Scalars("val_loss")[0].step == 1 and seen.Tags()["images"] == ["samples"]
