@@ -6,22 +6,30 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 SHAPES := examples/shapes
+PHOTOGRAPH := examples/photographs/free/n01443537/4de063bd5b838f11.jpg
 
 .PHONY: demo photographs test soak lint clean tiny
 .NOTPARALLEL:
 
 demo: .venv/installed
+	@python $(SHAPES)/clock.py 1
 	python $(SHAPES)/draw.py
 	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
 	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
+	@python $(SHAPES)/clock.py 2
 	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 4 --label-smoothing 0.1
+	@python $(SHAPES)/clock.py 3
 	python train_darionet.py --parameters $(SHAPES)/pixels.json
+	@python $(SHAPES)/clock.py 4
 	python train_darionet.py --parameters $(SHAPES)/parameters.json
+	@python $(SHAPES)/clock.py 5
 	python test.py --parameters $(SHAPES)/parameters.json
+	@python $(SHAPES)/clock.py 6
 	python try_darionet.py --parameters $(SHAPES)/parameters.json $(SHAPES)/data/val_original/rings/0000.png
+	python try_darionet.py --parameters examples/photographs/parameters.json $(PHOTOGRAPH)
 	@echo
-	@echo "The table and figures: $$(ls -d assets/logs/test_* | tail -n 1)/results.md, table.png, triptychs.png"
-	@echo "One image: $$(ls -d assets/logs/try_* | tail -n 1)/scales.png, classification.png"
+	@echo "Drawn pictures, table and figures: $$(ls -d assets/logs/test_* | tail -n 1)/results.md, table.png, triptychs.png"
+	@echo "A photograph, read by an ImageNet classifier: $$(ls -d assets/logs/try_* | tail -n 1)/classification.png, scales.png"
 
 photographs: .venv/installed
 	python test.py --parameters examples/photographs/parameters.json

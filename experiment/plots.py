@@ -154,20 +154,31 @@ def training_curves(history: list[dict], path: Path) -> None:
     save(figure, path)
 
 
-def image_grid(columns: dict[str, list[Tensor]], titles: list[list[tuple[str, str]]] | None, path: Path) -> None:
-    """Rows of images under named columns; `titles` may add a (text, colour) above every image, row by row."""
+def image_grid(
+    columns: dict[str, list[Tensor]],
+    titles: list[list[tuple[str, str]]] | None,
+    path: Path,
+    notes: list[str] | None = None,
+) -> None:
+    """Rows of images under named columns; `titles` may add a (text, colour) above every image, row by row, and
+    `notes` a line under each row."""
     rows = len(next(iter(columns.values())))
     figure, axes = subplots(
         rows,
         len(columns),
-        figsize=(1.9 * len(columns), (2.15 if titles else 1.95) * rows),
+        figsize=(1.9 * len(columns), (2.15 + 0.2 * bool(notes) if titles else 1.95) * rows),
         squeeze=False,
         layout="constrained",
     )
+    if notes:
+        figure.get_layout_engine().set(h_pad=0.17)  # inches
     for c, (name, images) in enumerate(columns.items()):
         for r, image in enumerate(images):
             text, colour = titles[r][c] if titles else ("", PLAIN)
             show_image(axes[r, c], image, shorten(text), colour)
+            if notes and c == 0:
+                at = {"xycoords": "axes fraction", "va": "top", "fontsize": 7, "color": PLAIN}
+                axes[r, 0].annotate(legible(notes[r]), (0, -0.02), **at).set_in_layout(False)
         place = (0.5, 1.16 if titles else 1.04)
         style = {"ha": "center", "fontsize": 10, "fontweight": "bold"}
         axes[0, c].annotate(legible(name), place, xycoords="axes fraction", **style)
