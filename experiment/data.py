@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
 
-from experiment.runtime import STOP_SIGNALS, Stopper
+from experiment.runtime import STOP_SIGNALS, Stopper, keep_freed_memory
 from experiment.sampling import ENDINGS, open_images
 from models.errors import InputError, OneProcessError
 
@@ -400,6 +400,7 @@ def work(dataset: Dataset, batches: list[list[int]], pipe: Connection, other_end
     for number in STOP_SIGNALS:  # they may reach workers too; the main process still needs images for its last step
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
+    keep_freed_memory()  # it is not inherited where workers are not forked
     other_end.close()
     with contextlib.suppress(EOFError, OSError):
         while True:
