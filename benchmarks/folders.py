@@ -92,6 +92,7 @@ def main() -> int:
                         who, thumbnails, p, Path("rebuilt", thumbnails) if arguments.save else None
                     )
                     images[name] += n
+            print(f"turn {turn + 1}:", ", ".join(f"{name} {images[name] / seconds[name]:.2f}" for name in images))
     found = {name: images[name] / seconds[name] for name in images}
     found |= {
         "equal / evaluation": found["equal"] / found["evaluation"],
@@ -127,8 +128,8 @@ def evaluation(reader: Reader, folder: str, workers: int) -> float:
 def reading(reader: Reader, folder: Path, parameters: Parameters, out: Path | None) -> float:
     """Seconds of reading a folder, from its listing to the table."""
     started = time.perf_counter()
-    with Stopper() as stopper, contextlib.redirect_stdout(io.StringIO()):
-        assert read_folder(reader, folder, ["network.pt"], parameters, stopper, out) == 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert read_folder(reader, folder, ["network.pt"], parameters, Stopper(), out) == 0
     return time.perf_counter() - started
 
 
