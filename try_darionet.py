@@ -3,11 +3,17 @@
     python try_darionet.py img.jpg                       reduces it, rebuilds it, compares
     python try_darionet.py --small thumbnail.png         the image is small already: rebuilds and classifies it
     python try_darionet.py --small folder                the same for every image below a folder: predictions.csv
+    python try_darionet.py --small folder --save OUT     and every rebuilt image as a PNG file below OUT
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
 the network of examples/photographs is taken with its classifier, if that is there.
+
+--save works for one image and for a photograph too. Paths below OUT are those below the folder: a.png keeps its name,
+a.jpg becomes a.jpg.png (and a.jpg.png, which must not be the same, a.jpg.png.png); a name that gets too long ends in a
+hash. The same command goes on where a run of a folder stopped: a file that is there is not rebuilt again. Its row of
+predictions.csv names it and is empty else; the run that made it had its predictions. --overwrite rebuilds all.
 """
 
 import re
@@ -19,19 +25,41 @@ import torch
 from torch import Tensor
 
 from experiment import plots
-from experiment.data import LONGEST, ImageTree, Transform, UnreadableImage, read_image, to_float
+from experiment.data import (
+    ImageTree,
+    Transform,
+    UnreadableImage,
+    Whole,
+    batches_of_one_size,
+    batches_until_stopped,
+    make_loader,
+    read_image,
+    to_float,
+)
+from experiment.evaluation import save_images, saved_as, to_rebuild
 from experiment.metrics import BASELINE, require_finite, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
-from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import (
+    Stopper,
+    new_run_folder,
+    out_of_memory_is_one_line,
+    progress_bar,
+    seed_without_tf32,
+    start_runtime,
+)
+from experiment.sampling import refuse_overlap
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, prepare
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
-from models.scaler import Reduction
+from models.scaler import Reduction, reduced_length
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
 LARGEST_SMALL = 1.5  # times val_crop_size: an image larger than that is not small
 SMALLEST_LARGE = 0.5  # times val_crop_size: one smaller than that is no original
+READ_AT_ONCE = 16  # images that a worker reads before it hands them over
+WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
+COLUMNS = ("class", "label", "probability")  # of a prediction
 SHIPPED = Path(__file__).parent / "examples/photographs/parameters.json"
 
 
@@ -41,6 +69,7 @@ class Reader:
     def __init__(self, parameters: Parameters, weights: list[str]):
         t = self.t = parameters.transformations
         self.runtime = start_runtime(parameters.test.precision)
+        self.batch_size = parameters.test.batch_size
         seed_without_tf32(parameters.test.seed)
         self.reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
@@ -58,22 +87,27 @@ class Reader:
         """The pipeline of a row; `reduce` is `unchanged` for images that are small already."""
         return Pipeline(name, self.classifier, reduce, self.restores[name])
 
-    @torch.no_grad()
     def read(
         self, pipeline: Pipeline, image: Tensor, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor, dict]:
         """(1,3,H,W) in [0,1] -> the small and the rebuilt image, (3,h,w) each, and the prediction."""
+        small, rebuilt, predictions = self.read_batch(pipeline, image, size)
+        return small[0], rebuilt[0], predictions[0]
+
+    @torch.no_grad()
+    def read_batch(
+        self, pipeline: Pipeline, images: Tensor, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, list[dict]]:
+        """(N,3,H,W) in [0,1] -> the small and the rebuilt images, (N,3,h,w) each, and their predictions."""
         with self.runtime.autocast():
-            small, rebuilt, logits = pipeline(image, size)
-        probabilities = logits[0].float().softmax(0)
+            small, rebuilt, logits = pipeline(images, size)
         require_finite(logits, f"the image of {pipeline.name}")
-        index = int(probabilities.argmax())
-        prediction = {
-            "class": self.classifier.class_names[index],
-            "label": self.classifier.labels[index],
-            "probability": round(float(probabilities[index]), 6),
-        }
-        return small[0], rebuilt[0], prediction
+        probabilities, indices = logits.float().softmax(1).max(1)
+        predictions = [
+            dict(zip(COLUMNS, (self.classifier.class_names[i], self.classifier.labels[i], round(p, 6)), strict=True))
+            for p, i in zip(probabilities.tolist(), indices.tolist(), strict=True)
+        ]
+        return small, rebuilt, predictions
 
     def load(self, path: Path, small: bool) -> Tensor:
         """The image as (1,3,H,W) in [0,1]: whole where it is `small`, else resized and cropped as for the test.
@@ -82,19 +116,24 @@ class Reader:
             UnreadableImage: no image; not small, or small already.
         """
         image = read_image(path)
-        if not small:
-            if min(image.size) < SMALLEST_LARGE * self.t.val_crop_size:
-                raise UnreadableImage(f"{image.width}x{image.height} pixels: it looks small already; add --small")
-            return to_float(Transform(self.t.resize_size, self.t.val_crop_size)(image, 0)[None], self.runtime.device)
-        limit = int(LARGEST_SMALL * self.t.val_crop_size)
-        if min(image.size) > limit or max(image.size) > 4 * limit:
-            raise UnreadableImage(
-                f"{image.width}x{image.height} pixels are not small (up to {limit}); leave out --small"
-            )
-        if max(image.size) > LONGEST * min(image.size):
-            raise UnreadableImage(f"{image.width}x{image.height} pixels are a strip, too long to rebuild")
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, image.height, image.width, 3)
-        return to_float(pixels.permute(0, 3, 1, 2), self.runtime.device)
+        if not small and min(image.size) < SMALLEST_LARGE * self.t.val_crop_size:
+            raise UnreadableImage(f"{image.width}x{image.height} pixels: it looks small already; add --small")
+        transform = self.whole() if small else Transform(self.t.resize_size, self.t.val_crop_size)
+        return to_float(transform(image, 0)[None], self.runtime.device)
+
+    def whole(self) -> Whole:
+        """What takes images that are small already, and refuses others."""
+        return Whole(int(LARGEST_SMALL * self.t.val_crop_size))
+
+    @property
+    def pixels(self) -> int:
+        """Small pixels of a batch: those of `batch_size` images that were reduced as for the test."""
+        return self.batch_size * reduced_length(self.t.val_crop_size, self.t.scale) ** 2
+
+    def full_batch(self, height: int, width: int) -> int:
+        """How many images of this size are read at once: with as many small pixels, and rebuilt ones, at most."""
+        rebuilt = self.batch_size * min(height, width) / max(height, width)
+        return max(1, int(min(self.pixels / (height * width), rebuilt)))
 
     def full_size(self, small: Tensor) -> tuple[int, int]:
         """(height, width) that a small image is rebuilt to: its shorter side as long as the classifier's crops."""
@@ -108,6 +147,8 @@ def main() -> int:
     parser.add_argument("image", help="an image, or with --small a folder of images")
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
+    parser.add_argument("--save", type=Path, metavar="OUT", help="a folder for rebuilt images, PNG files")
+    parser.add_argument("--overwrite", action="store_true", help="rebuild what is in OUT already")
     arguments = parser.parse_args()
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     path = Path(arguments.image)
@@ -117,6 +158,13 @@ def main() -> int:
         raise InputError(
             f"{path}: a folder; add --small to read every image below it, test.py measures labelled folders"
         )
+    target = None
+    if arguments.save and path.is_dir():
+        refuse_overlap(str(arguments.save), str(path))  # or a later run would read what this one writes
+    elif arguments.save:
+        target = arguments.save / saved_as(path.name)
+        if not to_rebuild([path], [target], arguments.overwrite):
+            raise InputError(f"{target}: is there already; --overwrite replaces it")
     weights = arguments.weights or [parameters.darionet.weights]
     reader = Reader(parameters, weights)
     for path_of_weights in weights if not arguments.small else ():
@@ -124,7 +172,7 @@ def main() -> int:
             print(note)
     if path.is_dir():
         with Stopper() as stopper:
-            return read_folder(reader, path, weights, parameters.model_dump(), stopper)
+            return read_folder(reader, path, weights, parameters, stopper, arguments.save, arguments.overwrite)
     try:
         image = reader.load(path, arguments.small)
     except UnreadableImage as error:
@@ -134,11 +182,14 @@ def main() -> int:
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters.model_dump())
     read = read_small if arguments.small else read_image_of_full_size
-    predictions = read(reader, image, folder)
-    write_json(folder / "predictions.json", {"image": str(path), "predictions": predictions})
+    predictions = read(reader, image, folder, target)
+    file = {"file": str(target)} if target else {}
+    write_json(folder / "predictions.json", {"image": str(path), **file, "predictions": predictions})
     width = max(len(p["of"]) for p in predictions)
     for p in predictions:
         print(f"{p['of']:{width}}  {p['label']} ({p['probability']:.1%})")
+    if target:
+        print(f"The rebuilt image: {target}")
     print(folder)
     plots.show_window(folder / ("small.png" if arguments.small else "classification.png"))
     return 0
@@ -163,8 +214,8 @@ def verdict(prediction: dict) -> str:
     return f"{plots.shorten(prediction['label'], 28)} {prediction['probability']:.1%}"
 
 
-def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
-    """Writes scales.png and classification.png; returns the predictions."""
+def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path, target: Path | None = None) -> list[dict]:
+    """Writes scales.png, classification.png and, to `target`, what DarioNet rebuilt; returns the predictions."""
     names = reader.networks
     rows = []
     for factor in FACTORS:
@@ -182,57 +233,96 @@ def read_image_of_full_size(reader: Reader, image: Tensor, folder: Path) -> list
     panels, predictions = [], []
     for title, name, reduce in wanted:
         _, rebuilt, prediction = reader.read(reader.pipeline(name, reduce), image)
+        if target and name == names[-1] and reduce is reader.reduction:
+            save_images(rebuilt[None], [target], overwrite=True)
         panels.append((title, rebuilt, verdict(prediction)))
         predictions.append({"of": title, **prediction})
     plots.panels(panels, len(names) + 1, folder / "classification.png")
     return predictions
 
 
-def read_small(reader: Reader, image: Tensor, folder: Path) -> list[dict]:
-    """Writes small.png; returns the predictions."""
+def read_small(reader: Reader, image: Tensor, folder: Path, target: Path | None = None) -> list[dict]:
+    """Writes small.png and, to `target`, what DarioNet rebuilt; returns the predictions."""
     panels, predictions = [], []
     for name in [BASELINE, *reader.networks]:
         small, rebuilt, prediction = reader.read(reader.pipeline(name, unchanged), image, reader.full_size(image))
         panels.append((name, rebuilt, verdict(prediction)))
         predictions.append({"of": name, **prediction})
+    if target:
+        save_images(rebuilt[None], [target], overwrite=True)
     first = (f"as it came, {small.shape[-1]} x {small.shape[-2]} px", small, "")
     plots.panels([first, *panels], 4, folder / "small.png")
     return predictions
 
 
-def read_folder(reader: Reader, path: Path, weights: list[str], parameters: dict, stopper: Stopper) -> int:
-    """Writes predictions.csv, one row an image; returns 1 where an image could not be read.
+def read_folder(
+    reader: Reader,
+    path: Path,
+    weights: list[str],
+    parameters: Parameters,
+    stopper: Stopper,
+    out: Path | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Writes predictions.csv, one row an image, and to `out` what DarioNet rebuilt; returns 1 where one can't be read.
 
-    After Ctrl-C or SIGTERM it writes the rows of the images that were read.
+    Images of one size are read together, whatever their order. After Ctrl-C, SIGTERM or an error, such as a full disk,
+    it writes the rows of the images that were read.
     """
-    paths = ImageTree(str(path)).paths
+    dataset = ImageTree(str(path), reader.whole())
+    names, targets, chosen = dataset.paths, [], list(range(len(dataset)))
+    if out:
+        targets = [out / saved_as(name) for name in names]
+        chosen = to_rebuild([path / name for name in names], targets, overwrite)
     folder = run_folder(path)
-    write_json(folder / "parameters.json", parameters)
-    rows, unreadable = [], []
-    bar = progress_bar(len(paths), "reading", unit="image")
-    for name in paths:
-        bar.update()
-        if stopper.requested:
-            print(f"Stopped: {len(rows) + len(unreadable)} of {len(paths)} images were looked at")
-            break
-        try:
-            image = reader.load(path / name, small=True)
-        except UnreadableImage as error:
-            unreadable.append({"image": name, "reason": str(error)})
-            continue
-        row = {"image": name, "width": image.shape[-1], "height": image.shape[-2]}
-        for variant in [*reader.networks[::-1], BASELINE]:
-            prediction = reader.read(reader.pipeline(variant, unchanged), image, reader.full_size(image))[2]
-            row |= {f"{variant.lower()}_{key}": value for key, value in prediction.items()}
-        rows.append(row)
-    bar.close()
-    if unreadable:
-        write_csv(folder / "unreadable.csv", unreadable)
-        print(f"{len(unreadable)} images could not be read: {folder / 'unreadable.csv'}")
-    if rows:
-        write_csv(folder / "predictions.csv", rows)
-        print(f"{len(rows)} images read: {folder / 'predictions.csv'}")
-        sides = sorted(min(row["width"], row["height"]) for row in rows)
+    write_json(folder / "parameters.json", parameters.model_dump())
+    variants = [*reader.networks[::-1], BASELINE]
+    columns = ["image", *(["file"] if out else []), "width", "height"]
+    blank = dict.fromkeys([*columns, *(f"{variant.lower()}_{key}" for variant in variants for key in COLUMNS)])
+
+    def row_of(i: int) -> dict:
+        return blank | {"image": names[i]} | ({"file": str(targets[i])} if out else {})
+
+    rows, unreadable = {i: row_of(i) for i in {*range(len(names))} - {*chosen}}, {}
+    if there := len(rows):
+        print(f"{there} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
+
+    parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
+    arriving = batches_until_stopped(make_loader(dataset, parts, parameters.data.workers, False), stopper)
+    bar = progress_bar(len(chosen), "reading", unit="image")
+    try:
+        with bar, out_of_memory_is_one_line(reader.runtime, reader.batch_size, "test.batch_size"):
+            for batch in batches_of_one_size(arriving, reader.full_batch, WAITING * reader.pixels):
+                if stopper.requested:
+                    break
+                unreadable |= dict(batch.unreadable)
+                places = batch.indices.tolist()
+                if places:
+                    images = to_float(batch.images, reader.runtime.device)
+                    new = [row_of(i) | {"width": images.shape[-1], "height": images.shape[-2]} for i in places]
+                    for variant in variants:
+                        pipeline = reader.pipeline(variant, unchanged)
+                        _, rebuilt, predictions = reader.read_batch(pipeline, images, reader.full_size(images))
+                        for row, prediction in zip(new, predictions, strict=True):
+                            row |= {f"{variant.lower()}_{key}": value for key, value in prediction.items()}
+                        if out and variant == variants[0]:
+                            save_images(rebuilt, [targets[i] for i in places], overwrite)
+                    rows |= zip(places, new, strict=True)
+                bar.update(len(places) + len(batch.unreadable))
+    finally:
+        read = len(rows) - there
+        if unreadable:
+            listed = [{"image": names[i], "reason": unreadable[i]} for i in sorted(unreadable)]
+            write_csv(folder / "unreadable.csv", listed)
+            print(f"{len(unreadable)} images could not be read: {folder / 'unreadable.csv'}")
+        if rows:
+            write_csv(folder / "predictions.csv", [rows[i] for i in sorted(rows)])
+            print(f"{read} images read: {folder / 'predictions.csv'}" + (f"; rebuilt ones in {out}" if out else ""))
+    if stopper.requested:
+        goes_on = "; the same command goes on" if out else ""
+        print(f"Stopped: {read + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")
+    if read:
+        sides = sorted(min(row["width"], row["height"]) for row in rows.values() if row["width"])
         if note := other_size(weights[-1], sides[len(sides) // 2], reader.t.val_crop_size):
             print(note)
     print(folder)

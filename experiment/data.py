@@ -191,8 +191,26 @@ class Transform(NamedTuple):
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
+class Whole(NamedTuple):
+    """Image -> uint8 (3,H,W), nothing cut: what is small already, with a shorter side of at most `limit` pixels.
+
+    Raises:
+        UnreadableImage: larger than that, or a strip.
+    """
+
+    limit: int
+
+    def __call__(self, image: Image.Image, index: int) -> Tensor:
+        size = f"{image.width}x{image.height} pixels"
+        if min(image.size) > self.limit or max(image.size) > 4 * self.limit:
+            raise UnreadableImage(f"{size} are not small (up to {self.limit}); leave out --small")
+        if max(image.size) > LONGEST * min(image.size):
+            raise UnreadableImage(f"{size} are a strip, too long to rebuild")
+        return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+
+
 class Batch(NamedTuple):
-    images: Tensor  # (N,3,crop,crop) uint8: only those that could be read
+    images: Tensor  # (N,3,H,W) uint8, of one size: only those that could be read
     indices: Tensor  # (N) their places in the data set
     unreadable: list[tuple[int, str]]  # index and reason of the others
 
@@ -204,7 +222,7 @@ class ImageTree(Dataset):
         InputError: no such folder, or no images.
     """
 
-    def __init__(self, root: str, transform: Transform | None = None):
+    def __init__(self, root: str, transform: Transform | Whole | None = None):
         self.root = root
         self.paths = open_images(root)
         self.transform = transform
@@ -214,10 +232,9 @@ class ImageTree(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            image = read_image(os.path.join(self.root, self.paths[index]))
+            return index, self.transform(read_image(os.path.join(self.root, self.paths[index])), index)
         except UnreadableImage as error:
             return index, str(error)
-        return index, self.transform(image, index)
 
     def fingerprint(self) -> str:
         """16 digits of a SHA-256 of every image's name and size, and of how 1000 of them (seeded) begin and end.
@@ -287,6 +304,8 @@ def epoch_batches(
 class Loader:
     """`batches` of a data set, in their order, read by `workers` processes; by this one where there are none.
 
+    Of a batch whose images differ in size come several, one a size.
+
     A worker hands its batches over as bytes in a pipe of its own, and a thread takes them in: no shared memory, of
     which a container has 64 MB, and no open file for each. At most two a worker are under way.
     """
@@ -312,7 +331,7 @@ class Loader:
                 packed = wait(lambda indices=indices: pack(self.dataset, indices))
                 if packed is None:
                     return
-                yield unpack(packed, self.pin_memory)
+                yield from unpack(packed, self.pin_memory)
             return
         pool: list[Worker] = []
         try:
@@ -328,7 +347,7 @@ class Loader:
                     raise found
                 if number + 2 * self.workers < len(self.batches):
                     worker.ask(number + 2 * self.workers)
-                yield found
+                yield from found
         finally:
             for worker in pool:
                 worker.process.kill()  # it may hang in a read
@@ -362,7 +381,7 @@ class Worker(NamedTuple):
 
     process: multiprocessing.Process
     pipe: Connection
-    arrived: queue.SimpleQueue  # Batch, or the exception that came instead
+    arrived: queue.SimpleQueue  # lists of Batch, or the exception that came instead
 
     def ask(self, number: int) -> None:
         with contextlib.suppress(OSError):  # it is gone: that will arrive
@@ -382,17 +401,67 @@ def batches_until_stopped(loader: Iterable[Batch], stopper: Stopper) -> Iterator
     yield from loader.read(stopper.wait_for) if isinstance(loader, Loader) else loader
 
 
-def pack(dataset: Dataset, indices: list[int]) -> tuple[np.ndarray, list[int], list[tuple[int, str]]]:
-    """What a Batch holds, without tensors: their pickles would be names of shared memory."""
+def batches_of_one_size(batches: Iterable[Batch], full: Callable[[int, int], int], waiting: int) -> Iterator[Batch]:
+    """Joins batches whose images have the same size to full ones, without padding; the last of a size may hold fewer.
+
+    Args:
+        full: (height, width) -> images of a full batch, at least 1.
+        waiting: pixels that may wait for more of their size; over that the largest group goes as it is.
+    """
+    groups: dict[tuple[int, int], Batch] = {}
+    held = 0  # pixels in them
+
+    def pixels(batch: Batch) -> int:
+        return batch.images[:, 0].numel()
+
+    for batch in batches:
+        if not len(batch.images):  # none of them could be read
+            yield batch
+            continue
+        size = tuple(batch.images.shape[-2:])
+        if size in groups:
+            before = groups.pop(size)
+            held -= pixels(before)
+            images, indices = (torch.cat(pair) for pair in zip(before[:2], batch[:2], strict=True))
+            batch = Batch(images, indices, before.unreadable + batch.unreadable)
+        many = full(*size)
+        while len(batch.images) >= many:
+            yield Batch(batch.images[:many], batch.indices[:many], batch.unreadable)
+            batch = Batch(batch.images[many:].clone(), batch.indices[many:], [])  # a view would hold all of it
+        if len(batch.images):
+            groups[size] = batch
+            held += pixels(batch)
+        while held > waiting:
+            largest = groups.pop(max(groups, key=lambda size: pixels(groups[size])))
+            held -= pixels(largest)
+            yield largest
+    yield from groups.values()
+
+
+def pack(dataset: Dataset, indices: list[int]) -> list[tuple[np.ndarray, list[int], list[tuple[int, str]]]]:
+    """What a Batch for every size of image holds, without tensors: their pickles would be names of shared memory.
+
+    What can't be read goes with the first.
+    """
     samples = [dataset[i] for i in indices]
-    read = [(index, image.numpy()) for index, image in samples if isinstance(image, Tensor)]
-    images = np.stack([image for _, image in read]) if read else np.empty((0, 3, 0, 0), np.uint8)
-    return images, [i for i, _ in read], [(i, reason) for i, reason in samples if isinstance(reason, str)]
+    sizes: dict[tuple, tuple] = {}
+    for index, image in samples:
+        if isinstance(image, Tensor):
+            images, places = sizes.setdefault(tuple(image.shape), ([], []))
+            images.append(image.numpy())
+            places.append(index)
+    packed = [(np.stack(images), places, []) for images, places in sizes.values()]
+    packed = packed or [(np.empty((0, 3, 0, 0), np.uint8), [], [])]
+    packed[0][2].extend((i, reason) for i, reason in samples if isinstance(reason, str))
+    return packed
 
 
-def unpack(packed: tuple, pin_memory: bool) -> Batch:
-    images = torch.from_numpy(packed[0])
-    return Batch(images.pin_memory() if pin_memory else images, torch.tensor(packed[1], dtype=torch.long), packed[2])
+def unpack(packed: list[tuple], pin_memory: bool) -> list[Batch]:
+    images = [torch.from_numpy(one[0]) for one in packed]
+    return [
+        Batch(pixels.pin_memory() if pin_memory else pixels, torch.tensor(places, dtype=torch.long), unreadable)
+        for pixels, (_, places, unreadable) in zip(images, packed, strict=True)
+    ]
 
 
 def work(dataset: Dataset, batches: list[list[int]], pipe: Connection, other_end: Connection) -> None:

@@ -250,7 +250,7 @@ def progress_bar(total: int, description: str, verbose: bool = True, *, unit: st
     disable = not verbose or os.environ.get("RANK", "0") != "0"
     if sys.stderr is not None and sys.stderr.isatty():
         return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
-    form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} so far, {remaining} to go{postfix}"
+    form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} so far, {remaining} to go, {rate_noinv_fmt}{postfix}"
     options |= {"mininterval": 60, "miniters": 1, "maxinterval": 60, "delay": 60, "bar_format": form, "leave": False}
     return tqdm(total=total, desc=description, unit=unit, disable=disable, file=Lines(sys.stdout), **options)
 

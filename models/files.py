@@ -8,6 +8,7 @@ import errno
 import os
 import shutil
 import stat
+import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     """Calls `write(binary file)` on a hidden file of this process beside `path`, flushes it and renames it to `path`.
 
     Folders are made; a link is written through, to where it leads. The hidden file goes when that fails; a killed
-    process leaves one at most.
+    process leaves one a thread at most.
 
     Raises:
         OSError: no space, no permission, a broken link; the old file stands.
@@ -95,8 +96,8 @@ def target_of(path: str | Path) -> Path:
 
 
 def partial_of(target: Path) -> Path:
-    """The hidden name under which this process alone writes."""
-    return target.with_name(f".{target.name[:40]}.{os.getpid()}-{PROCESS}{PARTIAL}")
+    """The hidden name under which this thread of this process alone writes."""
+    return target.with_name(f".{target.name[:40]}.{os.getpid()}-{threading.get_native_id()}-{PROCESS}{PARTIAL}")
 
 
 def remove_partials(folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import kernels, loading, scaling, throughput
+from benchmarks import folders, kernels, loading, scaling, throughput
 
 
 def last_line(module, monkeypatch, capfd, *arguments) -> dict:
@@ -46,3 +46,10 @@ def test_loading(monkeypatch, capfd):
     options = ["--images", 32, "--files", 100, "--workers", 1, "--rounds", 1]
     found = last_line(loading, monkeypatch, capfd, *options)
     assert found["listed_files"] == 100 and found["decode_1_workers"] > 0
+
+
+def test_folders(monkeypatch, capfd):
+    monkeypatch.setattr(folders, "SMALL", ((8, 1, 4), "resnet18", 32))
+    found = last_line(folders, monkeypatch, capfd, "--images", 6, "--alone", 2, "--turns", 2, "--workers", 1, "--save")
+    assert found["equal / evaluation"] == pytest.approx(found["equal"] / found["evaluation"])
+    assert found["mixed / alone"] == pytest.approx(found["mixed"] / found["mixed, alone"]) and found["mixed"] > 0
