@@ -6,12 +6,13 @@
     python test.py --weights assets/logs/train_20260101-120000/best.pt
     python test.py --weights A.pt B.pt                           two networks in one table
     python test.py --classifier efficientnet_b0                  read by a classifier that DarioNet never met
+    python test.py --rival Adapted adapted.pth                   beside a classifier of examples/adapt_classifier.py
     python test.py --redraw assets/logs/test_20260101-120000     the figures again, from the CSV files of a run
     torchrun --nproc_per_node=4 test.py                          one process a GPU: the same numbers, sooner
 
-Variants: Original; Small (the small image itself); Bilinear; Bicubic; the network that training started from
-(darionet.initial_weights, where the file exists): ESRGAN, or Pixels; DarioNet (darionet.weights). Everything is written
-to assets/logs/test_<stamp>/.
+Variants: Original; Small (the small image itself); Bilinear; Bicubic; rivals, whose PSNR and SSIM are those of the
+enlarged images that they read; the network that training started from (darionet.initial_weights, where the file
+exists): ESRGAN, or Pixels; DarioNet (darionet.weights). Everything is written to assets/logs/test_<stamp>/.
 """
 
 import json
@@ -23,7 +24,7 @@ from torchvision.models import list_models
 
 from experiment import plots
 from experiment.data import ImageTree, Transform, UnreadableImage, epoch_batches, make_loader, to_float
-from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines
+from experiment.evaluation import Evaluation, enlarger, evaluate, joined, make_pipelines
 from experiment.metrics import (
     BASELINE,
     CLASSES,
@@ -42,7 +43,7 @@ from experiment.metrics import (
     write_csv,
     write_json,
 )
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import ClassifierSection, Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import (
     Runtime,
     Stopper,
@@ -56,7 +57,7 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, prepare, trained_for
 from models.errors import InputError
-from models.pipeline import Pipeline
+from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import Reduction, reduced_length
 
 SHOWN = 6  # images in a sheet of reconstructions
@@ -66,6 +67,14 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks to test (default: darionet.weights)")
     parser.add_argument("--classifier", metavar="NAME|FILE", help="another one: an architecture or a weights file")
+    parser.add_argument(
+        "--rival",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "FILE"),
+        help="a row NAME: the small images enlarged, read by a classifier that was adapted to them; may be repeated",
+    )
     parser.add_argument("--redraw", type=Path, metavar="RUN", help="draw the figures of a finished run again")
     arguments = parser.parse_args()
     if arguments.redraw:
@@ -86,7 +95,12 @@ def main() -> int:
         classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
         classifier.require(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
-        pipelines = make_pipelines(classifier, reduction, networks)
+        rivals = {}
+        for name, path in arguments.rival:
+            if name in {ORIGINAL, SMALL, BASELINE, "Bicubic", *networks, *rivals}:
+                raise InputError(f"--rival {name}: the table has a row of that name: choose another")
+            rivals[name] = open_rival(path, parameters.classifier[0], classifier, reduction, runtime)
+        pipelines = make_pipelines(classifier, reduction, networks, rivals)
         small = reduced_length(t.val_crop_size, t.scale)
         if not classifier.reads(small, small):
             pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
@@ -98,7 +112,7 @@ def main() -> int:
         print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
         print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
         print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
-        for path in weights:
+        for path in [*weights, *(path for _, path in arguments.rival)]:
             if note := other_input(path, reduction):
                 print(note)
 
@@ -161,6 +175,21 @@ def classifier_settings(choice: str | None) -> list[str]:
     return [f"classifier={json.dumps(chosen)}"]
 
 
+def open_rival(
+    path: str, section: ClassifierSection, frozen: FrozenClassifier, reduction: Reduction, runtime: Runtime
+) -> tuple[FrozenClassifier, Enlarge | Upscale]:
+    """The adapted classifier of a weights file, and how its images are enlarged: as its note says, else bilinear.
+
+    Raises:
+        InputError: not the weights of `section`'s architecture, or of other classes than those of `frozen`.
+    """
+    adapted = open_classifier(**section.model_dump() | {"weights": path})
+    if adapted.class_names != frozen.class_names:
+        raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
+    adapted.to(runtime.device, memory_format=torch.channels_last)
+    return adapted, enlarger(str(trained_for(path).get("enlarge", "bilinear")), reduction, runtime.device)
+
+
 def write_results(
     parameters: Parameters,
     weights: list[str],
@@ -175,7 +204,7 @@ def write_results(
     t = parameters.transformations
     names = list(dict.fromkeys(row["variant"] for row in result.rows))
     networks = [name for name in names if name not in (ORIGINAL, SMALL, BASELINE, "Bicubic")]
-    ours = networks[-1]
+    ours = networks[-1]  # rivals stand before the networks
     rivals = [name for name in (BASELINE, *networks) if name != ours]
     variants = summarise(result.rows, result.seconds, result.timed, parameters.test.seed)
     results = {

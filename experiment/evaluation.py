@@ -6,6 +6,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image
@@ -21,11 +22,12 @@ from experiment.metrics import BASELINE, ORIGINAL, SMALL, require_finite
 from experiment.runtime import Runtime, Stopper
 from experiment.sampling import ENDINGS, ending
 from models.classifier import FrozenClassifier
+from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.scaler import Reduction
+from models.scaler import INTERPOLATIONS, Reduction
 
 SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
 LONGEST_NAME = 255  # bytes of a file's name
@@ -41,18 +43,38 @@ class Evaluation:
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
 
 
-def make_pipelines(classifier: FrozenClassifier, reduction: Reduction, networks: dict[str, RRDBNet]) -> list[Pipeline]:
-    """The rows of the results table in their order. A new row is a Pipeline in this list."""
+def make_pipelines(
+    classifier: FrozenClassifier,
+    reduction: Reduction,
+    networks: dict[str, RRDBNet],
+    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
+) -> list[Pipeline]:
+    """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
+
+    `rivals` are classifiers that were adapted to small images, by the names of their rows, and how theirs are enlarged.
+    """
     return [
         Pipeline(ORIGINAL, classifier, unchanged, unchanged),
         Pipeline(SMALL, classifier, reduction, unchanged),
         Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
         Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
+        *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in rivals.items()),
         *(
             Pipeline(name, classifier, reduction, Upscale(network, reduction.interpolation, reduction.antialias))
             for name, network in networks.items()
         ),
     ]
+
+
+def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
+    """What enlarges the small images that an adapted classifier reads: an interpolation, or an upscaler's weights.
+
+    Raises:
+        InputError: `how` is neither an interpolation nor the weights file of an RRDBNet x4.
+    """
+    if how in INTERPOLATIONS:
+        return Enlarge(how)
+    return Upscale(load_rrdbnet(how, device).eval(), reduction.interpolation, reduction.antialias)
 
 
 @torch.no_grad()

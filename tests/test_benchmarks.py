@@ -3,8 +3,9 @@
 import json
 
 import pytest
+import torch
 
-from benchmarks import folders, kernels, loading, scaling, throughput
+from benchmarks import folders, kernels, loading, scaling, throughput, time_to_result
 
 
 def last_line(module, monkeypatch, capfd, *arguments) -> dict:
@@ -53,3 +54,22 @@ def test_folders(monkeypatch, capfd):
     found = last_line(folders, monkeypatch, capfd, "--images", 6, "--alone", 2, "--turns", 2, "--workers", 1, "--save")
     assert found["equal / evaluation"] == pytest.approx(found["equal"] / found["evaluation"])
     assert found["mixed / alone"] == pytest.approx(found["mixed"] / found["mixed, alone"]) and found["mixed"] > 0
+
+
+def test_time_to_result(trained, monkeypatch, capfd, start):
+    """Two recipes that differ in their loss, each stopped and resumed; the scores are test.py's."""
+    monkeypatch.setattr(time_to_result, "TURNS", 2)
+    options = ["--minutes", 1e-4, "--set", "training.epochs=1000", "--set", "training.loss.pixels=1"]
+    found = last_line(time_to_result, monkeypatch, capfd, *options)
+    assert list(found["recipes"]) == list(found["minutes_to_wanted"]) == ["published", "ours"]
+    folders = {}
+    for folder in trained.glob("assets/logs/train_*"):
+        loss = json.loads((folder / "parameters.json").read_text())["training"]["loss"]
+        folders["ours" if loss["pixels"] else "published"] = folder
+    assert len(folders) == 2
+    for name, rows in found["recipes"].items():
+        assert len(rows) == 2 and rows[0]["minutes"] <= rows[1]["minutes"]
+        torch.save(torch.load(folders[name] / "checkpoint.pt", weights_only=True)["network"], "DarioNet.pt")
+        written = trained / start("test").out.split()[-1] / "results.json"
+        row = json.loads(written.read_text())["variants"][-1]
+        assert (row["accuracy"], row["recovered"]) == (rows[1]["accuracy"], rows[1]["recovered"])

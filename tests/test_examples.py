@@ -1,4 +1,4 @@
-"""The examples' own scripts; train_classifier.py is tested with the other scripts."""
+"""The examples' own scripts; train_classifier.py and adapt_classifier.py are tested with the other scripts."""
 
 import hashlib
 import io
@@ -216,7 +216,14 @@ def test_degradations(trained, monkeypatch, capfd, start):
 
 @pytest.mark.parametrize(
     "script",
-    ["degradation.py", "train_classifier.py", "imagenette/prepare.py", "tiny_imagenet/prepare.py", "shapes/draw.py"],
+    [
+        "adapt_classifier.py",
+        "degradation.py",
+        "train_classifier.py",
+        "imagenette/prepare.py",
+        "tiny_imagenet/prepare.py",
+        "shapes/draw.py",
+    ],
 )
 def test_examples_start_as_files(tmp_path, script):
     """From any folder, as the scripts at the top do; `python -m` does too."""

@@ -544,6 +544,118 @@ def test_a_classifier_of_damaged_images(train_classifier, experiment):
     assert not Path("own.pt").exists()
 
 
+@pytest.fixture
+def adapt(experiment, monkeypatch, capfd):
+    """Calls examples/adapt_classifier.py with options -> Result."""
+    import examples.adapt_classifier as script
+    from experiment.parameters import run_script
+
+    def call(*options) -> Result:
+        monkeypatch.setattr(sys, "argv", ["adapt_classifier.py", *map(str, options)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run_script(script.main)
+        return Result(stop.value.code, *capfd.readouterr())
+
+    return call
+
+
+OWN_NETWORK = """
+import torch
+from torch import nn
+
+CLASS_NAMES = ["checks", "discs", "stripes"]
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def network():
+    torch.manual_seed(2)
+    layers = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)
+    return nn.Sequential(*layers)
+"""
+
+
+def test_a_rival_from_training_to_the_table(adapt, start, trained):
+    """Of the user's own network. A copy that did not change has the row of whatever enlarged its images."""
+    Path("own.py").write_text(OWN_NETWORK)
+    own = ("--set", "classifier.architecture=own.py:network", "--set", "classifier.weights=null")
+    result = adapt("--output", "adapted.pth", *own, "--set", "training.ema_decay=0.5")
+    assert result.code == 0, result.err
+    first, second = (float(row["val_loss"]) for row in read_csv(last_line(result) / "history.csv"))
+    assert second < first
+    original = open_classifier("own.py:network", None)
+    adapted = open_classifier("own.py:network", "adapted.pth")
+    moved = {k for k, v in original.network.state_dict().items() if not v.equal(adapted.network.state_dict()[k])}
+    assert moved == {name for name, _ in original.network.named_parameters()}, "BatchNorm's statistics stay"
+
+    for name in ("same.pth", "rebuilds.pth"):
+        save_classifier(original.network, CLASSES, name, mean=[0.5] * 3, std=[0.5] * 3)
+    write_note("rebuilds.pth", {"enlarge": "DarioNet.pt", "scale": 0.5})
+    names = {"Adapted": "adapted.pth", "Same": "same.pth", "Rebuilds": "rebuilds.pth"}
+    result = start("test", *own, *(part for pair in names.items() for part in ("--rival", *pair)))
+    assert result.code == 0, result.err
+    assert "rebuilds.pth was trained for scale 0.5, not 0.32" in result.out
+    found = json.loads((last_line(result) / "results.json").read_text())
+    rows = read_csv(last_line(result) / "predictions.csv")
+    by_name = {name: [] for name in [v["name"] for v in found["variants"]]}
+    for row in rows:
+        by_name[row["variant"]].append({key: value for key, value in row.items() if key != "variant"})
+    assert list(by_name) == ["Original", "Small", "Bilinear", "Bicubic", *names, "DarioNet"]
+    assert by_name["Same"] == by_name["Bilinear"] and by_name["Rebuilds"] == by_name["DarioNet"]
+    assert by_name["Adapted"] != by_name["Bilinear"]
+    assert found["ours"] == "DarioNet" and [one["second"] for one in found["mcnemar"]] == ["Bilinear", *names]
+    for figure in ("triptychs.png", "pipeline.png", "decisions.png", "table.png"):
+        assert (last_line(result) / figure).is_file()
+
+
+def test_what_is_not_reduced_has_nothing_to_adapt_to(adapt):
+    """At scale 1 the copy sees the original image: the loss is 0 and the weights stay."""
+    result = adapt("--output", "adapted.pth", "--set", "transformations.scale=1", "--set", "training.epochs=1")
+    assert result.code == 0, result.err
+    row = read_csv(last_line(result) / "history.csv")[0]
+    assert (float(row["train_loss"]), float(row["val_loss"]), float(row["val_agreement"])) == (0, 0, 1)
+    classifiers = [open_classifier("resnet18", path) for path in ("classifier.pt", "adapted.pth")]
+    assert classifiers[0].fingerprint() == classifiers[1].fingerprint()
+
+
+def test_a_stopped_adaptation_ends_as_if_never_stopped(adapt, monkeypatch):
+    options = ("--output", "adapted.pth", "--enlarge", "bicubic", "--set", "transformations.random_reduction={}")
+    whole = checkpoint(last_line(adapt(*options)))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1, signal.SIGTERM)
+        stopped = adapt(*options)
+    assert stopped.code == 143 and "add --resume" in stopped.out
+    one_line(adapt("--resume", "--enlarge", "bilinear"), "options.enlarge bicubic, now it is bilinear")
+    resumed = adapt("--resume")
+    assert resumed.code == 0, resumed.err
+    assert same_state(checkpoint(last_line(resumed)), whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--output is missing"),
+        (["--output", "classifier.pt"], "--output classifier.pt: the same file as classifier.weights"),
+        (["--output", "train"], "train: can't be written"),
+        (["--output", "a.pth", "--enlarge", "nowhere.pth"], "nowhere.pth: no such weights file"),
+        (["--output", "a.pth", "--set", 'training.loss={"logits": 0, "pixels": 1}'], "pixels alone"),
+    ],
+)
+def test_what_no_classifier_can_be_adapted_to(adapt, options, message):
+    one_line(adapt(*options), message)
+    assert not Path("a.pth").exists() and not Path("assets/logs").exists()
+
+
+def test_what_is_no_rival(start, trained):
+    network = get_model("resnet18", weights=None, num_classes=2)
+    save_classifier(network.state_dict(), CLASSES[:2], "two.pth")
+    one_line(
+        start("test", "--rival", "DarioNet", "classifier.pt"), "--rival DarioNet: the table has a row of that name"
+    )
+    one_line(start("test", "--rival", "Two", "two.pth"), "two.pth: its classes are not those of classifier.weights")
+    one_line(start("test", "--rival", "Absent", "absent.pth"), "absent.pth: no such weights file")
+
+
 def test_a_classifier_that_diverges(train_classifier):
     result = train_classifier("--epochs", 9, "--learning-rate", 100, "--set", "training.precision=float32")
     if result.code == 0:  # it did not: then all is finite

@@ -1,0 +1,157 @@
+"""How soon does a recipe recover 80 % of what bilinear enlarging loses? Two of them side by side on the same images.
+
+    python -m benchmarks.time_to_result --parameters examples/tiny_imagenet/parameters.json --minutes 30
+    python -m benchmarks.time_to_result --parameters examples/photographs/parameters.json --minutes 60 \\
+        --set data.test=examples/photographs/data/choose
+    python -m benchmarks.time_to_result --parameters mine.json --against other.json
+
+--parameters is ours. The other recipe is that of --against, or the published one: the scores alone in the loss, whole
+images, a constant learning rate, nothing averaged; start, batches and learning rate are ours. The two take turns of a
+tenth of --minutes, so that what else the machine does slows both: train_darionet.py is started, stopped and resumed.
+After each turn the network as it stands, averaged where the recipe averages, is evaluated on our data.test. Minutes are
+those of the training steps, as the run counts them: start, validation and this evaluation are left out. A recipe ends
+with its epochs. Nothing is written but the runs in assets/logs. The last line is JSON.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from experiment.checkpoint import load_checkpoint
+from experiment.data import ImageTree, Transform, epoch_batches, make_loader
+from experiment.evaluation import Evaluation, evaluate, make_pipelines
+from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
+from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.runtime import Runtime, Stopper, progress_bar, seed_without_tf32, start_runtime
+from models.classifier import FrozenClassifier, open_classifier
+from models.darionet import build_darionet
+from models.errors import InputError
+from models.scaler import Reduction
+from models.weights import load_strictly
+
+SCRIPT = Path(__file__).parents[1] / "train_darionet.py"
+WANTED = 0.8  # recovered
+TURNS = 10
+PUBLISHED = (
+    'training.loss={"logits": 1}',
+    "training.schedule=constant",
+    "training.warmup_steps=0",
+    "training.clamp_gradient=true",
+    "training.adam_beta2=0.999",
+    "training.ema_decay=null",
+    "transformations.random_reduction=null",
+)
+
+
+def main() -> int:
+    parser = script_parser(__doc__)
+    parser.add_argument("--against", metavar="FILE", help="parameters of the other recipe (default: the published one)")
+    parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each recipe")
+    arguments = parser.parse_args()
+    if not 0 < arguments.minutes < 1e5:
+        raise InputError(f"--minutes {arguments.minutes:g}: has to be over 0")
+    path = arguments.parameters or "parameters.json"
+    parameters = read_parameters(path, arguments.set)
+    whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
+    other = (path, [*arguments.set, *PUBLISHED, whole])
+    if arguments.against:
+        other = (arguments.against, arguments.set)
+    runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
+    runtime = start_runtime(parameters.test.precision)
+    seed_without_tf32(parameters.test.seed)
+    classifier = open_classifier(**parameters.classifier[0].model_dump()).to(runtime.device)
+
+    found: dict[str, list[dict]] = {name: [] for name in runs}
+    print("| recipe | minutes | accuracy | recovered | 95 % interval |\n|---|---|---|---|---|")
+    for turn in range(1, TURNS + 1):
+        for name, run in runs.items():
+            if run.finished:
+                continue
+            run.train_until(60 * arguments.minutes * turn / TURNS)
+            row = {"minutes": run.seconds / 60} | scores(run, parameters, classifier, runtime)
+            found[name].append(row)
+            between = f"{row['low']:.0%} to {row['high']:.0%}" if row["low"] is not None else "–"
+            print(f"| {name} | {row['minutes']:.2f} | {row['accuracy']:.4f} | {share(row)} | {between} |")
+    reached = {
+        name: next((row["minutes"] for row in rows if (row["recovered"] or 0) >= WANTED), None)
+        for name, rows in found.items()
+    }
+    print()
+    for name, minutes in reached.items():
+        when = "not reached" if minutes is None else f"after {minutes:.2f} min"
+        last = found[name][-1]
+        print(f"{name}: {WANTED:.0%} recovered {when}; {share(last)} after {last['minutes']:.2f} min")
+    print(json.dumps({"wanted": WANTED, "minutes_to_wanted": reached, "recipes": found}))
+    return 0
+
+
+class Run:
+    """A run of train_darionet.py that goes on for a while whenever it is asked to.
+
+    Args:
+        path, settings: of its parameters.
+    """
+
+    def __init__(self, path: str, settings: list[str]):
+        options = [part for setting in [*settings, "training.save=false"] for part in ("--set", setting)]
+        self.start = ["--parameters", path, *options]
+        self.folder: Path | None = None
+        self.seconds = 0.0  # of training steps so far
+        self.finished = False
+
+    def train_until(self, seconds: float) -> None:
+        """Goes on until about `seconds` of training steps are done in all, or its epochs.
+
+        Raises:
+            InputError: the training refused or failed, in its own words.
+        """
+        options = self.start if self.folder is None else ["--resume", str(self.folder)]
+        command = [sys.executable, "-u", str(SCRIPT), *options]
+        line = ""
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+            timer = threading.Timer(max(0.0, seconds - self.seconds), process.terminate)
+            for line in process.stdout:
+                if line.startswith("Run folder: "):  # from here on it counts, and stops with a checkpoint
+                    self.folder = Path(line.removeprefix("Run folder: ").strip())
+                    timer.start()
+        timer.cancel()
+        if process.returncode not in (0, 143):
+            raise InputError(f"the training ended: {line.strip()}")
+        self.finished = process.returncode == 0
+        state = load_checkpoint(self.folder)["state"]
+        self.seconds = state["seconds"] + sum(row["seconds"] for row in state["history"])
+
+
+def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runtime: Runtime) -> dict:
+    """Accuracy on data.test of the network as it stands in the run's checkpoint, and the fraction that it recovers."""
+    checkpoint, t, options = load_checkpoint(run.folder), parameters.transformations, parameters.test
+    d = read_parameters(run.folder / "parameters.json").darionet
+    network = build_darionet(d.features, d.blocks, d.growth, None, runtime.device).eval()
+    load_strictly(network, checkpoint.get("average", checkpoint["network"]), run.folder)
+    dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
+    targets = dataset.targets(classifier.class_names, required=True)
+    order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
+    batches = epoch_batches(len(dataset), options.batch_size, **order)
+    loader = make_loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
+    pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), {OURS: network})
+    pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
+    result = Evaluation()
+    with Stopper() as stopper, progress_bar(len(batches), "evaluation", leave=False) as bar:
+        evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result)
+    if stopper.requested:
+        raise KeyboardInterrupt
+    if not result.rows:
+        raise InputError(f"{dataset.root}: none of its images could be read")
+    row = summarise(result.rows, result.seconds, result.timed, options.seed)[-1]
+    kept = {"accuracy": "accuracy", "recovered": "recovered", "low": "recovered_low", "high": "recovered_high"}
+    return {name: row[key] for name, key in kept.items()}
+
+
+def share(row: dict) -> str:
+    return "–" if row["recovered"] is None else f"{row['recovered']:.1%}"
+
+
+if __name__ == "__main__":
+    run_script(main)
