@@ -5,6 +5,7 @@
     python try_darionet.py --small folder                the same for every image below a folder: predictions.csv
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
+    python try_darionet.py --web                         a page in the browser, to play with
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
 the network of examples/photographs is taken with its classifier, if that is there.
@@ -59,22 +60,31 @@ class Reader:
         """The pipeline of a row; `reduce` is `unchanged` for images that are small already."""
         return Pipeline(name, self.classifier, reduce, self.restores[name])
 
-    @torch.no_grad()
     def read(
         self, pipeline: Pipeline, image: Tensor, size: tuple[int, int] | None = None
     ) -> tuple[Tensor, Tensor, dict]:
         """(1,3,H,W) in [0,1] -> the small and the rebuilt image, (3,h,w) each, and the prediction."""
+        small, rebuilt, predictions = self.best(pipeline, image, 1, size)
+        return small, rebuilt, predictions[0]
+
+    @torch.no_grad()
+    def best(
+        self, pipeline: Pipeline, image: Tensor, count: int, size: tuple[int, int] | None = None
+    ) -> tuple[Tensor, Tensor, list[dict]]:
+        """The same with the `count` best predictions, where there are as many classes, the best first."""
         with self.runtime.autocast():
             small, rebuilt, logits = pipeline(image, size)
         probabilities = logits[0].float().softmax(0)
         require_finite(logits, f"the image of {pipeline.name}")
-        index = int(probabilities.argmax())
-        prediction = {
-            "class": self.classifier.class_names[index],
-            "label": self.classifier.labels[index],
-            "probability": round(float(probabilities[index]), 6),
-        }
-        return small[0], rebuilt[0], prediction
+        predictions = [
+            {
+                "class": self.classifier.class_names[index],
+                "label": self.classifier.labels[index],
+                "probability": round(float(probabilities[index]), 6),
+            }
+            for index in probabilities.argsort(descending=True, stable=True)[:count].tolist()
+        ]
+        return small[0], rebuilt[0], predictions
 
     def load(self, path: Path, small: bool) -> Tensor:
         """The image as (1,3,H,W) in [0,1]: whole where it is `small`, else resized and cropped as for the test.
@@ -106,11 +116,20 @@ class Reader:
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("image", help="an image, or with --small a folder of images")
+    parser.add_argument("image", nargs="?", help="an image, or with --small a folder of images")
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
+    parser.add_argument("--web", action="store_true", help="a page in the browser (needs gradio)")
     arguments = parser.parse_args()
+    if arguments.web and arguments.small:
+        parser.error("--web reduces large images: leave out --small")
+    if arguments.image is None and not arguments.web:
+        parser.error("an image is missing; --web needs none")
+    serve = web_server() if arguments.web else None  # before the networks are read
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
+    weights = arguments.weights or [parameters.darionet.weights]
+    if serve:
+        return serve(Reader(parameters, weights), weights, arguments.image)
     path = Path(arguments.image)
     if not path.exists():
         raise InputError(f"{path}: no such image")
@@ -118,7 +137,6 @@ def main() -> int:
         raise InputError(
             f"{path}: a folder; add --small to read every image below it, test.py measures labelled folders"
         )
-    weights = arguments.weights or [parameters.darionet.weights]
     reader = Reader(parameters, weights)
     for path_of_weights in weights if not arguments.small else ():
         if note := other_input(path_of_weights, reader.reduction):
@@ -143,6 +161,21 @@ def main() -> int:
     print(folder)
     plots.show_window(folder / ("small.png" if arguments.small else "classification.png"))
     return 0
+
+
+def web_server() -> Callable:
+    """examples.web.serve, which needs an extra.
+
+    Raises:
+        InputError: gradio is not installed.
+    """
+    try:
+        from examples.web import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError("--web needs gradio: pip install gradio, then pip install -r requirements.txt") from None
+    return serve
 
 
 def parameters_or_shipped(file: str | None, settings: list[str], weights: list[str] | None) -> Parameters:
