@@ -227,7 +227,9 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
                             elem_id=f"picture_{len(pictures)}",
                         )
                     )
-                    labels.append(gr.Label(label=f"Read in {name}", num_top_classes=BEST, show_heading=False))
+                    labels.append(
+                        gr.Label(label=f"Read in {name}", show_heading=False, elem_id=f"labels_{len(labels)}")
+                    )
         outputs = [shown, note, slider, *pictures, *labels]
         arguments = show, [chosen, times, interpolation, antialias, jpeg, left, right], outputs
         options = {"api_visibility": "private", "show_progress": "minimal"}
