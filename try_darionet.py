@@ -6,6 +6,7 @@
     python try_darionet.py --small folder --save OUT     and every rebuilt image as a PNG file below OUT
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
+    python try_darionet.py --web                         a page in the browser, to play with
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
 the network of examples/photographs is taken with its classifier, if that is there.
@@ -92,20 +93,22 @@ class Reader:
     ) -> tuple[Tensor, Tensor, dict]:
         """(1,3,H,W) in [0,1] -> the small and the rebuilt image, (3,h,w) each, and the prediction."""
         small, rebuilt, predictions = self.read_batch(pipeline, image, size)
-        return small[0], rebuilt[0], predictions[0]
+        return small[0], rebuilt[0], predictions[0][0]
 
     @torch.no_grad()
     def read_batch(
-        self, pipeline: Pipeline, images: Tensor, size: tuple[int, int] | None = None
-    ) -> tuple[Tensor, Tensor, list[dict]]:
-        """(N,3,H,W) in [0,1] -> the small and the rebuilt images, (N,3,h,w) each, and their predictions."""
+        self, pipeline: Pipeline, images: Tensor, size: tuple[int, int] | None = None, count: int = 1
+    ) -> tuple[Tensor, Tensor, list[list[dict]]]:
+        """(N,3,H,W) in [0,1] -> the small and the rebuilt images, (N,3,h,w) each, and the `count` best predictions of
+        each, where there are as many classes, the best first."""
         with self.runtime.autocast():
             small, rebuilt, logits = pipeline(images, size)
         require_finite(logits, f"the image of {pipeline.name}")
-        probabilities, indices = logits.float().softmax(1).max(1)
+        names, labels = self.classifier.class_names, self.classifier.labels
+        best = logits.float().softmax(1).topk(min(count, len(names)))
         predictions = [
-            dict(zip(COLUMNS, (self.classifier.class_names[i], self.classifier.labels[i], round(p, 6)), strict=True))
-            for p, i in zip(probabilities.tolist(), indices.tolist(), strict=True)
+            [dict(zip(COLUMNS, (names[i], labels[i], round(p, 6)), strict=True)) for i, p in zip(*pair, strict=True)]
+            for pair in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         return small, rebuilt, predictions
 
@@ -144,13 +147,22 @@ class Reader:
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("image", help="an image, or with --small a folder of images")
+    parser.add_argument("image", nargs="?", help="an image, or with --small a folder of images")
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
     parser.add_argument("--save", type=Path, metavar="OUT", help="a folder for rebuilt images, PNG files")
     parser.add_argument("--overwrite", action="store_true", help="rebuild what is in OUT already")
+    parser.add_argument("--web", action="store_true", help="a page in the browser (needs gradio)")
     arguments = parser.parse_args()
+    if arguments.web and arguments.small:
+        parser.error("--web reduces large images: leave out --small")
+    if arguments.image is None and not arguments.web:
+        parser.error("an image is missing; --web needs none")
+    serve = web_server() if arguments.web else None  # before the networks are read
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
+    weights = arguments.weights or [parameters.darionet.weights]
+    if serve:
+        return serve(Reader(parameters, weights), weights, arguments.image)
     path = Path(arguments.image)
     if not path.exists():
         raise InputError(f"{path}: no such image")
@@ -165,7 +177,6 @@ def main() -> int:
         target = arguments.save / saved_as(path.name)
         if not to_rebuild([path], [target], arguments.overwrite):
             raise InputError(f"{target}: is there already; --overwrite replaces it")
-    weights = arguments.weights or [parameters.darionet.weights]
     reader = Reader(parameters, weights)
     for path_of_weights in weights if not arguments.small else ():
         if note := other_input(path_of_weights, reader.reduction):
@@ -193,6 +204,21 @@ def main() -> int:
     print(folder)
     plots.show_window(folder / ("small.png" if arguments.small else "classification.png"))
     return 0
+
+
+def web_server() -> Callable:
+    """examples.web.serve, which needs an extra.
+
+    Raises:
+        InputError: gradio is not installed.
+    """
+    try:
+        from examples.web import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise InputError("--web needs gradio: pip install gradio, then pip install -r requirements.txt") from None
+    return serve
 
 
 def parameters_or_shipped(file: str | None, settings: list[str], weights: list[str] | None) -> Parameters:
@@ -303,7 +329,7 @@ def read_folder(
                     for variant in variants:
                         pipeline = reader.pipeline(variant, unchanged)
                         _, rebuilt, predictions = reader.read_batch(pipeline, images, reader.full_size(images))
-                        for row, prediction in zip(new, predictions, strict=True):
+                        for row, (prediction,) in zip(new, predictions, strict=True):
                             row |= {f"{variant.lower()}_{key}": value for key, value in prediction.items()}
                         if out and variant == variants[0]:
                             save_images(rebuilt, [targets[i] for i in places], overwrite)

@@ -1,0 +1,313 @@
+"""A page to play with: an image reduced, rebuilt and read, in a browser on this machine.
+
+    python try_darionet.py --web
+    python try_darionet.py --web my_photograph.jpg
+
+The page asks no other machine for anything, and no other machine can open it. Uploads are read and removed at once;
+what it shows lies in a temporary folder, which goes at the end.
+"""
+
+import csv
+import html
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import gradio as gr
+import numpy as np
+from gradio.processing_utils import save_pil_to_cache
+from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+from torch import Tensor
+
+from experiment.data import UnreadableImage
+from experiment.metrics import BASELINE, ORIGINAL, SMALL
+from experiment.runtime import Stopper
+from models.darionet import other_input
+from models.errors import InputError
+from models.pipeline import Pipeline, unchanged
+from models.scaler import INTERPOLATIONS, Jpeg, Reduction, Scaler
+
+ADDRESS = "127.0.0.1"
+LEAST, MOST = 2, 6  # times smaller
+NO_JPEG = "no"
+QUALITIES = (NO_JPEG, 90, 75, 40)
+BEST = 5  # labels
+LARGEST_UPLOAD = 20 * 2**20  # bytes
+LARGEST_FOLDER = 2**30  # bytes; what is over it takes no more uploads
+CLEANING = 600, 3600  # seconds: how often files are looked at, and how old they get
+PHOTOGRAPHS = Path(__file__).parent / "photographs"
+EXAMPLES = (  # of PHOTOGRAPHS, in the page's order
+    *("01244097ca8ffdfa", "0d85e0103989c850", "444109f3ccfacc7b"),
+    *("11954d93a7051cb5", "c3e9a84e039df3ce", "1733cbc68a2ae05d"),
+)
+
+
+class Example(NamedTuple):
+    path: Path
+    label: str
+    credit: str  # HTML: author, page, licence
+
+
+def example_photographs(labels: dict[str, str]) -> list[Example]:
+    """Free photographs of classes that the classifier knows; `labels` says what it calls them, by WordNet id."""
+    try:
+        with (PHOTOGRAPHS / "CREDITS.tsv").open(encoding="utf-8", newline="") as file:
+            credits = {row["image"]: row for row in csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE)}
+    except FileNotFoundError:
+        return []  # without their credits they are not shown
+    paths = {path.stem: path for path in PHOTOGRAPHS.glob("free/*/*.jpg") if path.parent.name in labels}
+    names = [name for name in EXAMPLES if name in paths and name in credits]
+    return [Example(paths[name], labels[paths[name].parent.name], credit(credits[name])) for name in names]
+
+
+def credit(row: dict[str, str]) -> str:
+    """HTML that names the author of a row of CREDITS.tsv, and leads to the photograph's page and to its licence."""
+    author, page, licence = (html.escape(row[key]) for key in ("author", "page", "licence"))
+    kind = "CC " + licence.partition("/licenses/")[2].strip("/").replace("/", " ").upper()
+    leave = 'style="padding: 0" target="_blank" rel="noopener noreferrer"'
+    return f'<a href="{page}" {leave}>{author}</a>, <a href="{licence}" {leave}>{kind}</a>'
+
+
+def way_to_reduce(times: float, interpolation: str, antialias: bool, jpeg: str | int) -> Callable[[Tensor], Tensor]:
+    """Makes images `times` smaller; `jpeg` is the quality of the file that they were stored in, or NO_JPEG."""
+    reduction = Reduction(1 / times, interpolation, antialias)
+    return reduction if jpeg == NO_JPEG else Jpeg(reduction, int(jpeg))
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    """(3,H,W) in [0,1] -> uint8 (H,W,3)."""
+    return image.float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+
+
+class Row(NamedTuple):
+    image: np.ndarray  # uint8 (H,W,3)
+    labels: dict[str, float]  # the classifier's best labels -> probability
+    size: tuple[int, int]  # width and height that the classifier read, pixels
+
+
+def read_all(reader, image: Tensor, reduce: Callable[[Tensor], Tensor]) -> dict[str, Row]:
+    """What the classifier reads in an image, in what is left of it, and in what every row of `reader` rebuilds.
+
+    Args:
+        reader: try_darionet.py's.
+        image: (1,3,H,W) in [0,1].
+        reduce: images -> small images.
+
+    Raises:
+        InputError: the scores are not finite.
+    """
+    pipelines = {ORIGINAL: reader.pipeline(BASELINE, unchanged)}
+    pipelines |= {name: reader.pipeline(name, reduce) for name in reader.restores}
+    small = reduce(image)
+    rows = {}
+    for name, pipeline in pipelines.items():
+        _, rebuilt, (best,) = reader.read_batch(pipeline, image, count=BEST)
+        rows[name] = row(rebuilt[0], best)
+        if name == ORIGINAL:
+            best = []
+            if reader.classifier.reads(*small.shape[-2:]):
+                as_it_is = Pipeline(SMALL, reader.classifier, unchanged, unchanged)
+                (best,) = reader.read_batch(as_it_is, small, count=BEST)[2]
+            rows[SMALL] = row(small[0], best)._replace(image=pixels(enlarged(small, image)))
+    return rows
+
+
+def row(image: Tensor, best: list[dict]) -> Row:
+    return Row(pixels(image), {p["label"]: p["probability"] for p in best}, (image.shape[-1], image.shape[-2]))
+
+
+def enlarged(small: Tensor, image: Tensor) -> Tensor:
+    """(1,3,h,w) -> (3,H,W) with every pixel as a square."""
+    return Scaler(tuple(image.shape[-2:]), "nearest")(small)[0]
+
+
+def make_page(reader, weights: list[str], image: Tensor | None, title: str, folder: Path) -> gr.Blocks:
+    """The page; it begins with `image` (1,3,H,W), called `title`, else with the first example.
+
+    `folder` is where it keeps what it shows.
+    """
+    names = [ORIGINAL, SMALL, *reader.restores]
+    classifier, t = reader.classifier, reader.t
+    examples = example_photographs(dict(zip(classifier.class_names, classifier.labels, strict=True)))
+
+    def take(path: str | None):
+        """An upload -> nothing in its place, the image, its title, what is wrong with it."""
+        if path is None:
+            return None, gr.skip(), gr.skip(), ""
+        name = html.escape(Path(path).name)
+        try:
+            return None, reader.load(Path(path), small=False), name, ""
+        except UnreadableImage as error:
+            reason = str(error).replace("add --small", "try_darionet.py --small reads such images")
+            return None, gr.skip(), gr.skip(), f"{name}: {html.escape(reason)}"
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+    def pick(event: gr.SelectData):
+        """An example -> the image, its title, nothing wrong with it."""
+        chosen = examples[event.index]
+        return reader.load(chosen.path, small=False), titled(chosen), ""
+
+    def show(image: Tensor | None, times: float, interpolation: str, antialias: bool, jpeg, left: str, right: str):
+        """Everything below the choices."""
+        if image is None:
+            return [gr.skip()] * len(outputs)
+        reduce = way_to_reduce(times, interpolation, antialias, jpeg)
+        try:
+            rows = read_all(reader, image, reduce)
+        except InputError as error:
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+        notes = filter(None, (other_input(path, Reduction(1 / times, interpolation, antialias)) for path in weights))
+        images = {name: one.image for name, one in rows.items()}
+        pictures = [gr.Image(saved(name, one.image), label=headed(name, one)) for name, one in rows.items()]
+        labels = [one.labels or None for one in rows.values()]
+        return [images, html.escape("; ".join(notes)), (images[left], images[right]), *pictures, *labels]
+
+    def saved(name: str, image: np.ndarray) -> str:
+        """The path of a PNG file, by the name of which a browser saves it."""
+        return save_pil_to_cache(Image.fromarray(image), str(folder), re.sub(r"[^\w-]+", "_", name), "png")
+
+    def compare(images: dict[str, np.ndarray] | None, left: str, right: str):
+        return (images[left], images[right]) if images else gr.skip()
+
+    if image is None and examples:
+        image, title = reader.load(examples[0].path, small=False), titled(examples[0])
+    with gr.Blocks(title="DarioNet", analytics_enabled=False, delete_cache=CLEANING) as page:
+        chosen, shown = gr.State(image), gr.State()
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                upload = gr.File(label=f"An image, up to {LARGEST_UPLOAD >> 20} MB", height=120, elem_id="upload")
+                wrong = gr.HTML(elem_id="wrong")
+                times = gr.Slider(
+                    LEAST,
+                    MOST,
+                    min(max(1 / t.scale, LEAST), MOST),
+                    step=0.125,
+                    label="Times smaller",
+                    elem_id="times",
+                )
+                with gr.Row():
+                    interpolation = gr.Dropdown(list(INTERPOLATIONS), value=t.interpolation, label="Interpolation")
+                    jpeg = gr.Dropdown(list(QUALITIES), value=NO_JPEG, label="Stored as JPEG")
+                antialias = gr.Checkbox(t.antialias, label="Antialias")
+                if examples:
+                    gallery = gr.Gallery(
+                        [str(example.path) for example in examples],
+                        label="Examples",
+                        columns=3,
+                        height=270,
+                        allow_preview=False,
+                        buttons=[],
+                        elem_id="examples",
+                    )
+                    gr.HTML("; ".join(f"{html.escape(e.label)}: {e.credit}" for e in examples))
+            with gr.Column(scale=2, min_width=400):
+                heading = gr.HTML(title, elem_id="heading")
+                with gr.Row():
+                    left = gr.Dropdown(names, value=BASELINE, label="Left")
+                    right = gr.Dropdown(names, value=names[-1], label="Right")
+                slider = gr.ImageSlider(
+                    label="Under the slider", format="png", interactive=False, buttons=["fullscreen"], elem_id="slider"
+                )
+                note = gr.HTML(elem_id="note")
+        with gr.Row():
+            pictures, labels = [], []
+            for name in names:
+                with gr.Column(min_width=180):
+                    pictures.append(
+                        gr.Image(
+                            label=name,
+                            interactive=False,
+                            buttons=["download", "fullscreen"],
+                            elem_id=f"picture_{len(pictures)}",
+                        )
+                    )
+                    labels.append(
+                        gr.Label(label=f"Read in {name}", show_heading=False, elem_id=f"labels_{len(labels)}")
+                    )
+        outputs = [shown, note, slider, *pictures, *labels]
+        arguments = show, [chosen, times, interpolation, antialias, jpeg, left, right], outputs
+        options = {"api_visibility": "private", "show_progress": "minimal"}
+        upload.upload(take, upload, [upload, chosen, heading, wrong], **options).then(*arguments, **options)
+        if examples:
+            gallery.select(pick, None, [chosen, heading, wrong], **options).then(*arguments, **options)
+        changes = [page.load, *(choice.change for choice in (times, interpolation, antialias, jpeg))]
+        gr.on(changes, *arguments, trigger_mode="always_last", **options)
+        gr.on([left.change, right.change], compare, [shown, left, right], slider, **options)
+    return page
+
+
+def titled(example: Example) -> str:
+    return f"{html.escape(example.label)}. Photograph: {example.credit}, resized"
+
+
+def headed(name: str, one: Row) -> str:
+    return f"{name}, {one.size[0]} x {one.size[1]}"
+
+
+def without_room(app, folder: Path):
+    """The web application `app`, refusing uploads while `folder` holds too much."""
+
+    async def guarded(scope, receive, send) -> None:
+        answer = app
+        if scope["type"] == "http" and scope["path"].endswith("/upload") and held(folder) > LARGEST_FOLDER:
+            answer = PlainTextResponse("Too much was uploaded: try again in an hour, or start again", 413)
+        await answer(scope, receive, send)
+
+    return guarded
+
+
+def held(folder: Path) -> int:
+    """Bytes of all files below `folder`; an empty one takes room too."""
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += 4096 + path.stat().st_size
+        except FileNotFoundError:  # removed since
+            continue
+    return total
+
+
+def serve(reader, weights: list[str], path: str | None = None) -> int:
+    """Serves the page on this machine alone until Ctrl-C, SIGTERM or SIGHUP; returns the exit code.
+
+    Args:
+        reader: try_darionet.py's: networks and classifier.
+        weights: files of the networks, for notes on what they were trained for.
+        path: of the image that the page begins with.
+
+    Raises:
+        InputError: that is no image; no port is free.
+    """
+    try:
+        image = None if path is None else reader.load(Path(path), small=False)
+    except UnreadableImage as error:
+        raise InputError(f"{path}: {error}") from None
+    with Stopper() as stopper, tempfile.TemporaryDirectory(prefix="darionet_", ignore_cleanup_errors=True) as folder:
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+        page = make_page(reader, weights, image, html.escape(Path(path).name) if path else "", Path(folder))
+        try:
+            _, address, _ = page.queue(max_size=20).launch(
+                server_name=ADDRESS,
+                share=False,
+                ssr_mode=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                max_file_size=LARGEST_UPLOAD,
+                allowed_paths=[str(PHOTOGRAPHS / "free")],
+                footer_links=[],
+                app_kwargs={"middleware": [Middleware(without_room, folder=Path(folder))]},
+            )
+        except OSError as error:
+            raise InputError(f"--web: {error}") from None
+        print(f"{address} shows the page; Ctrl-C ends it", flush=True)
+        while not stopper.requested:
+            time.sleep(0.1)
+        page.close(verbose=False)
+    return stopper.code

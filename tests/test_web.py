@@ -1,0 +1,227 @@
+"""The page of try_darionet.py --web, over its functions and in a browser."""
+
+import asyncio
+import io
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, ROOT, draw, load_script, one_line
+from PIL import Image
+
+from experiment.parameters import read_parameters
+from models.pipeline import unchanged
+from models.scaler import Jpeg, Reduction
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def test_without_gradio_it_says_what_to_install(start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "examples.web", raising=False)
+    one_line(start("try_darionet", "--web"), "--web needs gradio: pip install gradio")
+    one_line(start("try_darionet", "--web", "--small"), "leave out --small")
+    one_line(start("try_darionet"), "an image is missing")
+
+
+@pytest.fixture
+def web():
+    """examples/web.py; without gradio the test is skipped."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from examples import web
+
+    return web
+
+
+@pytest.fixture
+def reader(trained):
+    return load_script("try_darionet").Reader(read_parameters("parameters.json"), ["DarioNet.pt"])
+
+
+def test_what_the_page_shows(web, reader):
+    """The pictures and labels are those of try_darionet.py without a page, for any way of reducing."""
+    draw("checks", 5, 90).save("a.png")
+    image = reader.load(Path("a.png"), small=False)
+    for jpeg, reduce in ((web.NO_JPEG, Reduction(0.25, "bicubic", True)), (40, Jpeg(Reduction(0.25), 40))):
+        plain = jpeg != web.NO_JPEG
+        way = web.way_to_reduce(4, "bilinear" if plain else "bicubic", not plain, jpeg)
+        rows = web.read_all(reader, image, way)
+        assert list(rows) == ["Original", "Small", "Bilinear", "DarioNet"]
+        assert np.array_equal(rows["Original"].image, web.pixels(image[0]))
+        assert rows["Small"].size == (8, 8)
+        assert np.array_equal(rows["Small"].image[2::4, 2::4], web.pixels(reduce(image)[0]))
+        for name in ("Bilinear", "DarioNet"):
+            _, rebuilt, prediction = reader.read(reader.pipeline(name, reduce), image)
+            assert np.array_equal(rows[name].image, web.pixels(rebuilt))
+            labels = rows[name].labels
+            assert set(labels) == set(CLASSES) and sum(labels.values()) == pytest.approx(1, abs=1e-5)
+            assert next(iter(labels)) == prediction["label"] and max(labels.values()) == prediction["probability"]
+
+
+def test_a_classifier_that_reads_no_small_images(web, reader, monkeypatch):
+    monkeypatch.setattr(reader.classifier, "reads", lambda height, width: False)
+    rows = web.read_all(reader, torch.rand(1, 3, 32, 32), Reduction(0.25))
+    assert rows["Small"].labels == {} and len(rows["Bilinear"].labels) == 3
+
+
+def test_examples_have_their_credits(web):
+    examples = web.example_photographs({"n01820546": "lorikeet", "n02279972": "monarch"})
+    assert [example.label for example in examples] == ["lorikeet", "monarch"]
+    assert examples[0].path.parent.name == "n01820546" and examples[0].path.is_file()
+    for part in ("Paul Reynolds</a>", "https://www.flickr.com/photos/bigtallguy/29072932140", "CC BY 2.0</a>"):
+        assert part in examples[0].credit
+    assert web.example_photographs({"discs": "discs"}) == []
+    row = {"author": "<b>", "page": 'https://x/"', "licence": "https://creativecommons.org/licenses/by-sa/4.0/"}
+    assert "&lt;b&gt;" in web.credit(row) and "CC BY-SA 4.0" in web.credit(row) and "x/&quot;" in web.credit(row)
+
+
+def test_uploads_end_where_the_folder_is_full(web, tmp_path, monkeypatch):
+    async def app(scope, receive, send) -> None:
+        await send({"status": 200})
+
+    def answer(path: str) -> int:
+        sent = []
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        asyncio.run(web.without_room(app, tmp_path)({"type": "http", "path": path, "method": "POST"}, None, send))
+        return sent[0]["status"]
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "image.png").write_bytes(bytes(1000))
+    monkeypatch.setattr(web, "LARGEST_FOLDER", web.held(tmp_path))
+    assert answer("/gradio_api/upload") == 200
+    (tmp_path / "empty.png").touch()
+    assert answer("/gradio_api/upload") == 413 and answer("/") == 200
+
+
+@contextmanager
+def served(*arguments, stop: signal.Signals = signal.SIGINT, **options):
+    """The address of the page of `try_darionet.py --web`; afterwards it is stopped, and its exit code checked."""
+    command = [sys.executable, str(ROOT / "try_darionet.py"), "--web", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
+    try:
+        line = next((line for line in process.stdout if "shows the page" in line), "")
+        assert line, "it did not start"
+        yield line.split()[0]
+    finally:
+        process.send_signal(stop)
+        code = process.wait(30)
+    assert code == 128 + stop
+
+
+@contextmanager
+def browser(address: str, **options):
+    """A browser's page at `address`, once it shows the first image; it asks no other machine for anything."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as running:
+        chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = chromium.new_page(**options)
+        asked, errors = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(address)
+        page.wait_for_selector("#slider img", timeout=60_000)
+        yield page
+        chromium.close()
+    assert not errors
+    assert not [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+
+
+def upload(address: str, contents: bytes) -> int:
+    """The status that an upload of a file ends with."""
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%s\r\n--b--\r\n' % contents
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    try:
+        return urllib.request.urlopen(urllib.request.Request(f"{address}gradio_api/upload", part, headers)).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_the_server_is_for_this_machine_and_gives_no_other_files(web, trained):
+    draw("discs", 1, 90).save("a.png")
+    (trained / "tmp").mkdir()
+    with served("a.png", stop=signal.SIGTERM, env=os.environ | {"TMPDIR": str(trained / "tmp")}) as address:
+        port = int(re.search(r":(\d+)/", address)[1])
+        assert address.startswith("http://127.0.0.1:")
+        with pytest.raises(OSError):
+            socket.create_connection(("127.0.0.2", port), 5)  # it would answer if the page were open to a network
+        for path in ("a.png", "parameters.json"):
+            with pytest.raises(urllib.error.HTTPError, match="403|404"):
+                urllib.request.urlopen(f"{address}gradio_api/file={trained / path}")
+        assert upload(address, bytes(1000)) == 200
+        assert upload(address, bytes(web.LARGEST_UPLOAD + 1)) == 413
+        assert list((trained / "tmp").rglob("a.png"))
+    assert not [path for path in (trained / "tmp").iterdir() if path.name.startswith("darionet_")]
+
+
+def first_labels(reader, path: str, scale: float) -> dict[str, str]:
+    """What the page should show first in every row but Small."""
+    image = reader.load(Path(path), small=False)
+    pipelines = {name: reader.pipeline(name, Reduction(scale)) for name in ("Bilinear", "DarioNet")}
+    pipelines["Original"] = reader.pipeline("Bilinear", unchanged)
+    best = {name: reader.read(pipeline, image)[2] for name, pipeline in pipelines.items()}
+    return {name: f"{one['label']} {round(100 * one['probability'])}%" for name, one in best.items()}
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_in_a_browser(web, reader, trained):
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    draw("discs", 1, 90).save("first.png")
+    draw("checks", 2, 90).save("second.png")
+    (trained / "broken.png").write_bytes(b"broken")
+
+    def has(page, name: str, text: str) -> None:
+        """The first label that is read in a row, once it is there."""
+        script = "([i, text]) => document.querySelector(`#labels_${i}`).innerText.replace(/\\s+/g, ' ').includes(text)"
+        page.wait_for_function(script, arg=[["Original", "Small", "Bilinear", "DarioNet"].index(name), text])
+
+    (trained / "tmp").mkdir()
+    with (
+        served("first.png", env=os.environ | {"TMPDIR": str(trained / "tmp")}) as address,
+        browser(address, viewport={"width": 1200, "height": 1000}) as page,
+    ):
+        assert page.inner_text("#heading") == "first.png"
+        page.set_input_files("#upload input[type=file]", "second.png")
+        page.wait_for_function("document.querySelector('#heading').innerText == 'second.png'")
+        for name, text in first_labels(reader, "second.png", 0.32).items():
+            has(page, name, text)
+        page.fill("#times input[type=number]", "2")
+        page.keyboard.press("Tab")
+        page.wait_for_selector("text=Small, 16 x 16")
+        for name, text in first_labels(reader, "second.png", 0.5).items():
+            has(page, name, text)
+        with page.expect_download() as download:
+            page.click("#picture_3 a[download]")
+        assert download.value.suggested_filename == "DarioNet.png"
+        with Image.open(download.value.path()) as saved:
+            assert (saved.format, saved.size) == ("PNG", (32, 32))
+        assert not list((trained / "tmp").rglob("second.png"))  # read, and removed
+        page.set_input_files("#upload input[type=file]", "broken.png")
+        page.wait_for_selector("text=broken.png: cannot identify image file")
+        assert page.inner_text("#wrong").count("\n") == 0 and page.inner_text("#heading") == "second.png"
+    assert not [path for path in (trained / "tmp").iterdir() if path.name.startswith("darionet_")]
+
+
+@pytest.mark.skipif("SCREENSHOT" not in os.environ, reason="SCREENSHOT=FILE.png makes README.md's picture of the page")
+def test_screenshot():
+    """The first example, with its credit, as the shipped network rebuilds it."""
+    with served(cwd=ROOT) as address, browser(address, viewport={"width": 1200, "height": 800}) as page:
+        page.wait_for_function("[...document.images].every(image => image.complete)")
+        page.wait_for_timeout(3000)  # the bars grow
+        picture = Image.open(io.BytesIO(page.screenshot(full_page=True)))
+        picture.convert("RGB").quantize(128).save(os.environ["SCREENSHOT"], optimize=True)
+    assert Path(os.environ["SCREENSHOT"]).stat().st_size <= 300_000
