@@ -26,6 +26,8 @@ from models.scaler import Jpeg, Reduction
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
+TIMEOUT = 120  # seconds: for a machine with other work
+
 
 def test_without_gradio_it_says_what_to_install(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -119,7 +121,7 @@ def served(*arguments, stop: signal.Signals = signal.SIGINT, **options):
         yield line.split()[0]
     finally:
         process.send_signal(stop)
-        code = process.wait(30)
+        code = process.wait(TIMEOUT)
     assert code == 128 + stop
 
 
@@ -130,11 +132,12 @@ def browser(address: str, **options):
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = chromium.new_page(**options)
+        page.set_default_timeout(TIMEOUT * 1000)
         asked, errors = [], []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
-        page.wait_for_selector("#slider img", timeout=60_000)
+        page.wait_for_selector("#slider img")
         yield page
         chromium.close()
     assert not errors
