@@ -5,6 +5,8 @@
     python try_darionet.py --small folder                the same for every image below a folder: predictions.csv
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
+    python try_darionet.py --export DarioNet.onnx        the network for other programs; or DarioNet.safetensors
+    python try_darionet.py --export chain.onnx --with-classifier     from the small image to the classifier's scores
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
 the network of examples/photographs is taken with its classifier, if that is there.
@@ -26,6 +28,7 @@ from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_witho
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size
 from models.errors import InputError
+from models.export import export
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Reduction
 
@@ -106,11 +109,25 @@ class Reader:
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("image", help="an image, or with --small a folder of images")
+    parser.add_argument("image", nargs="?", help="an image, or with --small a folder of images")
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the network as .onnx or .safetensors")
+    parser.add_argument("--with-classifier", action="store_true", help="export all from the small image to the scores")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     arguments = parser.parse_args()
+    if (arguments.image is None) == (arguments.export is None):
+        parser.error("name an image, or --export FILE")
+    if arguments.with_classifier and not arguments.export:
+        parser.error("--with-classifier goes with --export FILE")
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
+    if arguments.export:
+        t, weights = parameters.transformations, (arguments.weights or [parameters.darionet.weights])[-1]
+        scaler = {"interpolation": t.interpolation, "antialias": t.antialias}
+        classifier = parameters.classifier[0].model_dump() if arguments.with_classifier else None
+        export(arguments.export, weights, t.val_crop_size, scaler, classifier, overwrite=arguments.overwrite)
+        print(arguments.export)
+        return 0
     path = Path(arguments.image)
     if not path.exists():
         raise InputError(f"{path}: no such image")
