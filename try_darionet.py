@@ -6,6 +6,8 @@
     python try_darionet.py --small folder --save OUT     and every rebuilt image as a PNG file below OUT
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
+    python try_darionet.py --export DarioNet.onnx        the network for other programs; or DarioNet.safetensors
+    python try_darionet.py --export chain.onnx --with-classifier     from the small image to the classifier's scores
     python try_darionet.py --web                         a page in the browser, to play with
 
 Files go to assets/logs/try_<stamp>_<image>/; a window opens where there is a screen. Where no DarioNet was trained yet,
@@ -52,6 +54,7 @@ from experiment.sampling import refuse_overlap
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, prepare
 from models.errors import InputError
+from models.export import export
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Reduction, reduced_length
 
@@ -151,16 +154,29 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the image is small already: do not reduce it")
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
     parser.add_argument("--save", type=Path, metavar="OUT", help="a folder for rebuilt images, PNG files")
-    parser.add_argument("--overwrite", action="store_true", help="rebuild what is in OUT already")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the network as .onnx or .safetensors")
+    parser.add_argument("--with-classifier", action="store_true", help="export all from the small image to the scores")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
     parser.add_argument("--web", action="store_true", help="a page in the browser (needs gradio)")
     arguments = parser.parse_args()
+    if arguments.image is None and not arguments.web and not arguments.export:
+        parser.error("name an image, --web or --export FILE")
+    if arguments.export and (arguments.image or arguments.web):
+        parser.error("--export FILE goes without an image and without --web")
+    if arguments.with_classifier and not arguments.export:
+        parser.error("--with-classifier goes with --export FILE")
     if arguments.web and arguments.small:
         parser.error("--web reduces large images: leave out --small")
-    if arguments.image is None and not arguments.web:
-        parser.error("an image is missing; --web needs none")
     serve = web_server() if arguments.web else None  # before the networks are read
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     weights = arguments.weights or [parameters.darionet.weights]
+    if arguments.export:
+        t = parameters.transformations
+        scaler = {"interpolation": t.interpolation, "antialias": t.antialias}
+        classifier = parameters.classifier[0].model_dump() if arguments.with_classifier else None
+        export(arguments.export, weights[-1], t.val_crop_size, scaler, classifier, overwrite=arguments.overwrite)
+        print(arguments.export)
+        return 0
     if serve:
         return serve(Reader(parameters, weights), weights, arguments.image)
     path = Path(arguments.image)

@@ -14,9 +14,10 @@ from models.errors import InputError
 from models.files import write_text
 from models.images import to_image, to_tensor
 from models.pipeline import Upscale
+from models.published import URLS, published_file
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import generator_size, load_generator, load_strictly, say, sha256_of
+from models.weights import generator_size, load_generator, load_strictly, metadata_of, say, sha256_of
 
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
@@ -72,17 +73,21 @@ def build_darionet(
     device: torch.device | str = "cpu",
     memory_format: torch.memory_format | None = None,
 ) -> RRDBNet:
-    """A DarioNet to be trained: of the size asked for, from the file `initial_weights`, or random where that is None.
+    """A DarioNet to be trained: of the size asked for, from `initial_weights`, or random where that is None.
+
+    `initial_weights` is a file, or a name that models/published.py knows, which is downloaded once.
 
     Raises:
-        InputError: no file, not weights, or weights of another size.
+        InputError: no file, no network, not weights, or weights of another size.
     """
     network = RRDBNet(features, blocks, growth)
     if initial_weights is not None:
+        initial_weights = published_file(initial_weights)
         if not Path(initial_weights).is_file():
             raise InputError(
                 f"{initial_weights}: no such weights file (darionet.initial_weights); README.md says where to get "
-                "ESRGAN's, or how to train on pixels in their place; null starts from random weights"
+                f"ESRGAN's, or how to train on pixels in their place; {' and '.join(URLS)} are downloaded by name; "
+                "null starts from random weights"
             )
         weights = load_generator(initial_weights)
         found = generator_size(weights)
@@ -100,8 +105,10 @@ def load_upscalers(
 ) -> dict[str, RRDBNet]:
     """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
+    `initial_weights` may be a name, as in `build_darionet`.
+
     Raises:
-        InputError: no such weights, or a file that is no RRDBNet x4.
+        InputError: no such weights, no network to download them, or a file that is no RRDBNet x4.
     """
     for path in weights:
         if not Path(path).is_file():
@@ -109,6 +116,7 @@ def load_upscalers(
                 f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
                 "--parameters examples/shapes/parameters.json"
             )
+    initial_weights = None if initial_weights is None else published_file(initial_weights)
     start = [initial_weights] if initial_weights is not None and Path(initial_weights).is_file() else []
     paths = list({os.path.realpath(path): path for path in [*start, *weights]}.values())
     names = [row_name(path) for path in paths]
@@ -142,10 +150,17 @@ def write_note(weights: str | Path, note: dict) -> None:
 def trained_for(path: str) -> dict:
     """What train_darionet.py noted in a JSON file beside its weights; nothing for weights from elsewhere.
 
+    A .safetensors file that models/export.py wrote holds its note itself.
+
     Raises:
-        InputError: the file is damaged.
+        InputError: the JSON file is damaged.
     """
     beside, weights = note_of(path), Path(path)
+    if weights.suffix == ".safetensors":
+        try:
+            return dict(json.loads(metadata_of(weights).get("trained_for", "{}")))
+        except (ValueError, TypeError, RecursionError):  # another project's text of this name
+            return {}
     if not beside.is_file() or not weights.is_file():
         return {}
     try:

@@ -27,6 +27,7 @@ PUBLISHED = {
     "RRDB_ESRGAN_x4.pth": "65fece06e1ccb48853242aa972bdf00ad07a7dd8938d2dcbdf4221b59f6372ce",
     "ESRGAN_SRx4_DF2KOST_official-ff704c30.pth": "ff704c30",
     "RealESRGAN_x4plus.pth": "4fa0d38905f75ac06eb49a7951b426670021be3018265fd191d2125df9d682f1",
+    "RealESRGAN_x4plus_anime_6B.pth": "f872d837d3c90ed2e05227bed711af5671a6fd1c9f7d7e91c911a61f155e99da",
 }
 # Names of the entry that holds the weights, and of modules around the network.
 WRAPPERS = ("params", "state_dict", "model_state_dict", "model_state", "model", "network", "generator", "net", "net_g")
@@ -144,6 +145,17 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
     except ImportError:
         raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
     return load(path)
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a .safetensors file; none of one that can't be read: `load_file` says why."""
+    try:
+        from safetensors import safe_open
+
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except Exception:
+        return {}
 
 
 def sha256_of(path: Path) -> str:

@@ -1,0 +1,154 @@
+"""What leaves the project: the generator, or the chain from small images to scores, for other programs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+
+from models.classifier import FrozenClassifier, open_classifier
+from models.darionet import load_upscalers, trained_for
+from models.errors import InputError
+from models.files import refuse_unwritable, write_atomically
+from models.pipeline import Pipeline, Upscale, unchanged
+from models.rrdbnet import RRDBNet
+from models.weights import generator_size, sha256_of
+
+SUFFIXES = (".onnx", ".safetensors")
+SHAPES = ((1, 3, 16, 16), (2, 3, 24, 20), (3, 3, 7, 33), (1, 3, 81, 54), (1, 3, 1, 1))  # at which parity is checked
+TOLERANCE = 1e-3  # of the largest value; a quarter of a step of 8-bit images
+
+
+def export(
+    path: Path, weights: str, side: int, scaler: dict, classifier: dict | None = None, *, overwrite: bool = False
+) -> None:
+    """Writes the generator of a weights file, or with a classifier the chain that ends in its scores.
+
+    Args:
+        path: .onnx, or .safetensors for the generator's parameters alone.
+        weights: a file of an RRDBNet x4.
+        side: of the square images that the classifier reads, pixels; small images that are not square are stretched.
+        scaler: interpolation and antialias of the Scaler before the classifier.
+        classifier: the arguments of open_classifier.
+        overwrite: replaces a file that is there.
+
+    Raises:
+        InputError: another kind of file, one that is there, a package that is missing, a network that can't be
+            exported or that gives other results elsewhere. The old file stands.
+    """
+    if path.suffix not in SUFFIXES or (classifier and path.suffix != ".onnx"):
+        raise InputError(f"{path}: --export writes .onnx, and .safetensors without a classifier")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: is there already; --overwrite replaces it")
+    refuse_unwritable(path, "--export")
+    network = load_upscalers([weights], None).popitem()[1].requires_grad_(False)
+    about = metadata(network, weights)
+    if path.suffix == ".safetensors":
+        export_safetensors(network, path, about)
+    elif classifier is None:
+        export_onnx(network, path, about, "rebuilt")
+    else:
+        reader = open_classifier(**classifier)
+        reader.require(side, "transformations.val_crop_size")
+        about |= {"classifier": json.dumps(classifier), "class_names": json.dumps(reader.class_names)}
+        export_onnx(Chain(Upscale(network, **scaler), reader, side).eval(), path, about, "scores")
+
+
+class Chain(nn.Module):
+    """Small images to scores as in a Pipeline, of one size: (N,3,h,w) float in [0,1] -> (N, classes)."""
+
+    def __init__(self, restore: Upscale, classifier: FrozenClassifier, side: int):
+        super().__init__()
+        self.pipeline = Pipeline("DarioNet", classifier, unchanged, restore)
+        self.side = side
+
+    def forward(self, small: Tensor) -> Tensor:
+        return self.pipeline(small, (self.side, self.side))[2]
+
+
+def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
+    """What is said beside the parameters: size of the network, where they come from, what they were trained for."""
+    sizes = zip(("features", "blocks", "growth"), map(str, generator_size(network.state_dict())), strict=True)
+    note = {key: value for key, value in trained_for(weights).items() if key != "sha256"}
+    about = {"architecture": "RRDBNet", **dict(sizes), "upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]"}
+    about |= {"source": Path(weights).name, "source_sha256": sha256_of(Path(weights))}
+    return about | ({"trained_for": json.dumps(note)} if note else {})
+
+
+def export_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> None:
+    """Writes parameters under the ESRGAN repository's key names, which `--weights` reads as well.
+
+    Raises:
+        InputError: safetensors is not installed.
+    """
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise InputError(f"{path}: writing it needs another package: pip install safetensors") from None
+    contents = save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
+    write_atomically(path, lambda file: file.write(contents))
+    if about["growth"] != "32":
+        print("Note: spandrel, and programs that are built on it, read networks of growth 32 alone")
+
+
+def export_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> None:
+    """Writes a network, (N,3,h,w) -> the tensor `output`, for any N, h and w; prints how far onnxruntime's results
+    are from torch's.
+
+    torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript, which torch
+    gives up, can't.
+
+    Raises:
+        InputError: no onnxscript; a network that can't be exported; results that differ: nothing is written.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise InputError(f"{path}: writing it needs other packages: pip install onnx onnxscript onnxruntime") from None
+    axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
+    options = {"input_names": ["small"], "output_names": [output], "verbose": False}
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                network, (torch.rand(2, 3, 24, 20),), dynamic_shapes=(axes,), dynamo=True, **options
+            )
+    except Exception as error:  # every classifier has its own way of not being traced
+        reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"{path}: this network can't be exported ({reason})") from None
+    model = program.model_proto
+    graph = model.graph
+    for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph):
+        del part.metadata_props[:]  # paths and code of whoever exported
+    for key, value in about.items():
+        model.metadata_props.add(key=key, value=value)
+    contents = model.SerializeToString()
+    check_parity(network, contents, path)
+    write_atomically(path, lambda file: file.write(contents))
+
+
+@torch.no_grad()
+def check_parity(network: Callable[[Tensor], Tensor], contents: bytes, path: Path) -> None:
+    """Prints the largest difference between onnxruntime's results and torch's on random images of every size in SHAPES.
+
+    Raises:
+        InputError: it is over TOLERANCE.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        print("Not compared with torch: pip install onnxruntime")
+        return
+    session = onnxruntime.InferenceSession(contents, providers=["CPUExecutionProvider"])
+    generator = torch.Generator().manual_seed(0)
+    for shape in SHAPES:
+        small = torch.rand(shape, generator=generator)
+        expected = network(small)
+        found = torch.from_numpy(session.run(None, {"small": small.numpy()})[0])
+        size = f"{list(shape)} -> {list(found.shape)}"
+        difference = float((found - expected).abs().max() / expected.abs().max())
+        print(f"{size}: onnxruntime differs from torch by {difference:.1e} of the largest value")
+        if not difference <= TOLERANCE:
+            raise InputError(f"{path}: not written, onnxruntime would give other results than torch on {size}")

@@ -1,0 +1,129 @@
+"""What is written for other programs gives what torch gives."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import one_line, write_parameters
+
+from models.darionet import load_rrdbnet, note_of, row_name, trained_for
+from models.errors import InputError
+from models.export import check_parity
+from models.rrdbnet import RRDBNet
+from models.scaler import Scaler
+from models.weights import save_file
+
+NETWORK = """
+from torch import nn
+
+CLASS_NAMES = ["a", "b", "c"]
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, 3))
+"""
+
+
+def test_safetensors(start, trained):
+    pytest.importorskip("safetensors")
+    result = start("try_darionet", "--export", "out/DarioNet.safetensors")
+    assert result.code == 0 and result.out.splitlines()[-1] == "out/DarioNet.safetensors", result
+    assert "growth 32" in result.out
+    path = "out/DarioNet.safetensors"
+    states = [load_rrdbnet(p).state_dict() for p in ("DarioNet.pt", path)]
+    assert all(tensor.equal(states[1][key]) for key, tensor in states[0].items())
+    note_of(path).unlink(missing_ok=True)
+    assert row_name(path) == "DarioNet" and trained_for(path) == {"loss": {"logits": 1.0}}
+    one_line(start("try_darionet", "--export", path), path, "--overwrite")
+    assert start("try_darionet", "--export", path, "--weights", path, "--overwrite").code == 0
+    assert row_name(path) == "DarioNet"
+
+
+def test_spandrel_gives_the_same_image(start, trained):
+    spandrel = pytest.importorskip("spandrel")
+    save_file(RRDBNet(8, 1, 32).state_dict(), "DarioNet.pt")
+    result = start("try_darionet", "--export", "DarioNet.safetensors")
+    assert result.code == 0 and "growth 32" not in result.out
+    model = spandrel.ModelLoader("cpu").load_from_file("DarioNet.safetensors")
+    assert model.architecture.name == "ESRGAN" and model.scale == 4
+    small = torch.rand(1, 3, 11, 7)
+    with torch.no_grad():
+        expected = load_rrdbnet("DarioNet.pt")(small)
+        assert torch.allclose(model.model(small), expected, atol=1e-5)
+        assert torch.allclose(model(small), expected.clamp(0, 1), atol=1e-5)
+
+
+def test_a_text_of_another_project_is_no_note(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    for text in ("anime", "[1]", "[" * 100_000):
+        safetensors.save_file({"a": torch.ones(1)}, tmp_path / "w.safetensors", {"trained_for": text})
+        assert trained_for(str(tmp_path / "w.safetensors")) == {}
+
+
+def session_of(path: str):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def test_onnx(start, trained):
+    """The fast paths leave as plain operators of ONNX, for any size."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    result = start("try_darionet", "--export", "DarioNet.onnx")
+    assert result.code == 0 and result.out.count("differs from torch by") == 5, result
+    small = torch.rand(2, 3, 5, 12)
+    with torch.no_grad():
+        expected = load_rrdbnet("DarioNet.pt")(small)
+    found = session_of("DarioNet.onnx").run(["rebuilt"], {"small": small.numpy()})[0]
+    assert found.shape == (2, 3, 20, 48) and torch.allclose(torch.from_numpy(found), expected, atol=1e-5)
+    model = onnx.load("DarioNet.onnx")
+    onnx.checker.check_model(model)
+    about = {entry.key: entry.value for entry in model.metadata_props}
+    assert (about["features"], about["blocks"], about["growth"], about["source"]) == ("8", "1", "4", "DarioNet.pt")
+    assert json.loads(about["trained_for"]) == {"loss": {"logits": 1.0}}
+    contents = Path("DarioNet.onnx").read_bytes()
+    assert b"rrdbnet.py" not in contents, "no code and no paths of whoever exported"
+    network = load_rrdbnet("DarioNet.pt")
+    with pytest.raises(InputError, match=r"a\.onnx: not written"):
+        check_parity(lambda small: network(small) * 1.01, contents, Path("a.onnx"))
+
+
+def test_onnx_of_the_whole_chain(start, trained):
+    pytest.importorskip("onnxscript")
+    Path("network.py").write_text(NETWORK)
+    torch.manual_seed(2)
+    classifier = {"architecture": "network.py:network", "weights": "network.pt"}
+    namespace: dict = {}
+    exec(NETWORK, namespace)
+    weights = torch.load("DarioNet.pt")
+    save_file(weights | {"conv_last.weight": 50 * weights["conv_last.weight"]}, "DarioNet.pt")  # a colourful image
+    network = namespace["network"]().eval()
+    torch.save(network.state_dict(), "network.pt")
+    write_parameters(Path("parameters.json"), classifier=classifier)
+    result = start("try_darionet", "--export", "chain.onnx", "--with-classifier")
+    assert result.code == 0 and result.out.count("differs from torch by") == 5, result
+    small = torch.rand(2, 3, 20, 14)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        rebuilt = Scaler((32, 32))(load_rrdbnet("DarioNet.pt")(small)).clamp(0, 1)
+        expected = network((rebuilt - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    assert (expected[0] - expected[1]).abs().max() > 1e-2, "scores that depend on the image"
+    found = torch.from_numpy(session_of("chain.onnx").run(["scores"], {"small": small.numpy()})[0])
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_what_cannot_be_exported(start, trained):
+    one_line(start("try_darionet", "--export", "a.pt"), "a.pt: --export writes .onnx")
+    one_line(start("try_darionet", "--export", "a.safetensors", "--with-classifier"), "without a classifier")
+    one_line(start("try_darionet", "--export", "a.onnx", "--weights", "absent.pt"), "absent.pt: no such weights")
+    for arguments in ([], ["a.png", "--export", "a.onnx"], ["a.png", "--with-classifier"]):
+        assert start("try_darionet", *arguments).code == 2
+    assert not Path("a.onnx").exists()
+
+
+def test_without_the_packages(start, trained, monkeypatch):
+    for package, file in (("onnxscript", "a.onnx"), ("safetensors.torch", "a.safetensors")):
+        monkeypatch.setitem(sys.modules, package, None)
+        one_line(start("try_darionet", "--export", file), file, f"pip install {package[:4]}")
