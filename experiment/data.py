@@ -206,7 +206,7 @@ class Whole(NamedTuple):
             raise UnreadableImage(f"{size} are not small (up to {self.limit}); leave out --small")
         if max(image.size) > LONGEST * min(image.size):
             raise UnreadableImage(f"{size} are a strip, too long to rebuild")
-        return torch.from_numpy(np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1)))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Batch(NamedTuple):
