@@ -181,7 +181,7 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
     with gr.Blocks(title="DarioNet", analytics_enabled=False, delete_cache=CLEANING) as page:
         chosen, shown = gr.State(image), gr.State()
         with gr.Row():
-            with gr.Column(scale=1, min_width=300):
+            with gr.Column(scale=1, min_width=360):
                 upload = gr.File(label=f"An image, up to {LARGEST_UPLOAD >> 20} MB", height=120, elem_id="upload")
                 wrong = gr.HTML(elem_id="wrong")
                 times = gr.Slider(
@@ -201,7 +201,7 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
                         [str(example.path) for example in examples],
                         label="Examples",
                         columns=3,
-                        height=270,
+                        height=240,
                         allow_preview=False,
                         buttons=[],
                         elem_id="examples",
