@@ -171,7 +171,7 @@ def image_grid(
         layout="constrained",
     )
     if notes:
-        figure.get_layout_engine().set(h_pad=0.17)  # inches
+        figure.get_layout_engine().set(h_pad=0.22)  # inches
     for c, (name, images) in enumerate(columns.items()):
         for r, image in enumerate(images):
             text, colour = titles[r][c] if titles else ("", PLAIN)
