@@ -35,7 +35,7 @@ def test_without_gradio_it_says_what_to_install(start, tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "examples.web", raising=False)
     one_line(start("try_darionet", "--web"), "--web needs gradio: pip install gradio")
     one_line(start("try_darionet", "--web", "--small"), "leave out --small")
-    one_line(start("try_darionet"), "an image is missing")
+    one_line(start("try_darionet"), "name an image")
 
 
 @pytest.fixture
