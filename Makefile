@@ -1,12 +1,12 @@
-# make demo   the whole program on drawn pictures, offline after installation, in about 10 minutes on two cores
-# make photographs   what the network of examples/photographs, once it is trained, makes of 200 free photographs
+# make demo   the whole program on drawn pictures, offline after installation, in about 13 minutes on two cores
+# make photographs   what the network that comes with the project makes of 200 free photographs
 # make test   the checks
 # make soak   the long checks of RELIABILITY.md, at most 30 minutes on two cores
 # make clean  removes the demo's pictures and weights; runs in assets/logs stay
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3
 SHAPES := examples/shapes
-PHOTOGRAPH := examples/photographs/free/n01443537/4de063bd5b838f11.jpg
+PHOTOGRAPH := examples/photographs/free/n02167151/9a1c67f467b9beea.jpg
 
 .PHONY: demo photographs test soak lint clean tiny
 .NOTPARALLEL:

@@ -14,7 +14,7 @@ def test_the_notebook_runs(trained, monkeypatch):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     image = next(iter((trained / "test").glob("*/*")))
     for cell in notebook.cells:
-        cell.source = cell.source.replace('"examples/photographs/free/n01443537/4de063bd5b838f11.jpg"', f'"{image}"')
+        cell.source = cell.source.replace('"examples/photographs/free/n02167151/9a1c67f467b9beea.jpg"', f'"{image}"')
         cell.source = cell.source.replace('Path("try_darionet.py").exists()', "True")
     NotebookClient(notebook, timeout=120, kernel_name="python3").execute(cwd=str(trained))
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
