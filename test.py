@@ -186,8 +186,9 @@ def open_rival(
     adapted = open_classifier(**section.model_dump() | {"weights": path})
     if adapted.class_names != frozen.class_names:
         raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
-    adapted.to(runtime.device, memory_format=torch.channels_last)
-    return adapted, enlarger(str(trained_for(path).get("enlarge", "bilinear")), reduction, runtime.device)
+    return prepare(adapted, runtime.device), enlarger(
+        str(trained_for(path).get("enlarge", "bilinear")), reduction, runtime.device
+    )
 
 
 def write_results(
