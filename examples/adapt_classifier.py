@@ -55,7 +55,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, open_classifier, save_classifier
-from models.darionet import write_note
+from models.darionet import prepare, write_note
 from models.errors import InputError
 from models.files import refuse_unwritable
 from models.scaler import RandomReduction, Reduction
@@ -93,7 +93,7 @@ def main() -> int:
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         teacher = open_classifier(**parameters.classifier[0].model_dump())
-        teacher.to(runtime.device, memory_format=torch.channels_last)
+        prepare(teacher, runtime.device)
         for key in ("train_crop_size", "val_crop_size"):
             teacher.require(getattr(t, key), f"transformations.{key}")
         targets = val_set.targets(teacher.class_names)
