@@ -98,7 +98,7 @@ def main() -> int:
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        random = None if t.random_reduction is None else RandomReduction(**t.random_reduction.model_dump())
+        random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
         targets = val_set.targets(teachers[0].class_names)
         size = (d.features, d.blocks, d.growth)

@@ -103,7 +103,7 @@ def main() -> int:
             average = AveragedModel(student, multi_avg_fn=partial(ema_update, decay=training.ema_decay))
         evaluated = student if average is None else average.module  # what is validated and written
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        random = None if t.random_reduction is None else RandomReduction(**t.random_reduction.model_dump())
+        random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
         restore = enlarger(enlarge, reduction, runtime.device)
         betas = (0.9, training.adam_beta2)
         optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=betas, fused=True)

@@ -60,6 +60,7 @@ class Section(BaseModel):
 class RandomReductionSection(Section):
     """The arguments of models.scaler.RandomReduction."""
 
+    share: Probability = 1.0
     scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.16, 0.5]
     interpolation: Annotated[list[Interpolation], Field(min_length=1)] = ["bilinear", "bicubic"]
     antialias: Annotated[list[bool], Field(min_length=1)] = [False, True]

@@ -40,11 +40,12 @@ class Runtime:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """In which convolutions train soonest (benchmarks/README.md): channels_last, but for float32 on a CPU.
+        """In which convolutions train soonest (benchmarks/README.md): channels_last, but for float32 without AVX512.
 
         Macs are given what every one of their kernels takes.
         """
-        plain = self.device.type == "mps" or (self.device.type == "cpu" and self.precision == "float32")
+        on_avx2 = self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
+        plain = self.device.type == "mps" or (on_avx2 and self.precision == "float32")
         return torch.contiguous_format if plain else torch.channels_last
 
     @property

@@ -119,11 +119,15 @@ class RandomReduction:
     """A reduction drawn anew for every image, for a network that has to read small images of any origin.
 
     Args:
+        plain: how the batches are reduced that are not drawn.
+        share: of the batches that are drawn.
         scale: lowest and highest; drawn once a batch, so that its small images have one size.
         interpolation, antialias: the choices.
         jpeg_probability, jpeg_quality: how many images are stored as JPEG files, and between which qualities.
     """
 
+    plain: Reduction
+    share: float
     scale: Sequence[float]
     interpolation: Sequence[str]
     antialias: Sequence[bool]
@@ -132,7 +136,10 @@ class RandomReduction:
 
     def drawn(self, key: str, indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """The reduction of a batch of images with these `indices`, the same for the same `key`."""
-        scale = random.Random(key).uniform(*self.scale)
+        of_batch = random.Random(key)
+        scale = of_batch.uniform(*self.scale)
+        if of_batch.random() >= self.share:
+            return self.plain
         reductions = []
         for index in indices:
             rng = random.Random(f"{key}/{index}")

@@ -487,7 +487,7 @@ def test_jpeg_loses_a_little():
 
 def test_a_reduction_drawn_for_every_image():
     options = {"interpolation": ["bilinear", "bicubic"], "antialias": [False, True], "jpeg_quality": [40, 95]}
-    kinds = RandomReduction(scale=[0.25, 0.5], jpeg_probability=0.5, **options)
+    kinds = RandomReduction(Reduction(), share=1.0, scale=[0.25, 0.5], jpeg_probability=0.5, **options)
     images = drawn_images(1, 40).repeat(8, 1, 1, 1)
     small = kinds.drawn("1/2/3", range(8))(images)
     assert small.equal(kinds.drawn("1/2/3", range(8))(images))
@@ -495,8 +495,10 @@ def test_a_reduction_drawn_for_every_image():
     assert len({tuple(one.flatten().tolist()) for one in small}) > 3
     sides = {kinds.drawn(str(key), [0])(images[:1]).shape[-1] for key in range(40)}
     assert min(sides) >= 10 and max(sides) <= 20 and len(sides) > 5
-    plain = RandomReduction([0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95])
+    plain = RandomReduction(Reduction(), 1.0, [0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95])
     assert plain.drawn("x", range(8))(images).equal(Reduction()(images))
+    half = RandomReduction(Reduction(), share=0.5, scale=[0.4, 0.5], jpeg_probability=0.5, **options)
+    assert 30 < sum(half.drawn(str(key), [0]) == Reduction() for key in range(100)) < 70
 
 
 # From Python
