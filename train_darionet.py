@@ -62,10 +62,10 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, prepare, write_note
 from models.errors import InputError
-from models.files import refuse_unwritable, remove_partials
+from models.files import remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import RandomReduction, Reduction
-from models.weights import save_file
+from models.weights import refuse_unwritable_weights, save_file
 
 LOGS = Path("assets/logs")
 SAMPLES = 6  # validation images in the strip of every epoch
@@ -148,7 +148,7 @@ def main() -> int:
                 print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
             print(f"Run folder: {folder}")
             if training.save:
-                refuse_unwritable(d.weights, "darionet.weights")
+                refuse_unwritable_weights(d.weights, "darionet.weights")
         with claim(d.weights if training.save and runtime.is_main else None, folder):
             if checkpoint is None:
                 remember()  # what can't be written should fail now, not after an epoch

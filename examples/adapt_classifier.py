@@ -57,8 +57,8 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, open_classifier, save_classifier
 from models.darionet import prepare, write_note
 from models.errors import InputError
-from models.files import refuse_unwritable
 from models.scaler import RandomReduction, Reduction
+from models.weights import refuse_unwritable_weights
 
 LOGS = Path("assets/logs")
 
@@ -253,7 +253,7 @@ def refuse_output(output: str | None, others: dict[str, str | None]) -> None:
     for key, path in others.items():
         if path is not None and os.path.realpath(path) == os.path.realpath(output):
             raise InputError(f"--output {output}: the same file as {key}, which it would overwrite")
-    refuse_unwritable(output, "--output")
+    refuse_unwritable_weights(output, "--output")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ def main() -> int:
         rows.append({"scale": scale, "reduction": name, "accuracy": accuracy, "recovered": recovered})
     folder = new_run_folder("degradation")
     write_json(folder / "results.json", {"n": count, "original": original / count, "rows": rows})
-    table = f"{markdown(rows)}\n{count} test images; accuracy on the originals {original / count:.3f}.\n"
+    table = f"{markdown(rows)}\n{count} test images; accuracy on the originals {original / count:.3f}.\n{overall(rows)}"
     (folder / "results.md").write_text(table, encoding="utf-8")
     plots.degradation(rows, folder / "degradation.png")
     print(table)
@@ -120,6 +120,21 @@ def markdown(rows: list[dict]) -> str:
             cells.append(f"{row['accuracy'][name]:.3f}{gained}")
         lines.append(f"| {row['scale']:.3g} | {row['reduction']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def overall(rows: list[dict]) -> str:
+    """A line for every network: what it recovers in the mean of all rows, and where it does worst."""
+    lines = []
+    for name in list(rows[0]["accuracy"])[1:]:
+        found = [(row["recovered"][name], row) for row in rows if row["recovered"][name] is not None]
+        if found:
+            worst, row = min(found, key=lambda pair: pair[0])
+            mean = sum(value for value, _ in found) / len(found)
+            where = f"x{row['scale']:.3g} {row['reduction']}"
+            lines.append(
+                f"{name} recovers {mean:.1%} in the mean of {len(found)} rows, at worst {worst:.1%} ({where}).\n"
+            )
+    return "\n".join(["", *lines])
 
 
 if __name__ == "__main__":

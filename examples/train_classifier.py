@@ -42,7 +42,7 @@ from experiment.runtime import (
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
 from models.darionet import prepare
 from models.errors import InputError
-from models.files import refuse_unwritable
+from models.weights import refuse_unwritable_weights
 
 LOGS = Path("assets/logs")
 
@@ -67,7 +67,7 @@ def main() -> int:
         name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
         if place is None or place in published_weights(name):
             raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
-        refuse_unwritable(place, "classifier.weights")
+        refuse_unwritable_weights(place, "classifier.weights")
         runtime = start_runtime(training.precision)
         if runtime.processes > 1:
             raise InputError("one process trains a classifier: start it with python, not with torchrun")

@@ -134,6 +134,13 @@ class RandomReduction:
     jpeg_probability: float
     jpeg_quality: Sequence[int]
 
+    def __str__(self) -> str:
+        kinds = f"{'/'.join(self.interpolation)}{', some antialiased' if any(self.antialias) else ''}"
+        lowest, highest = self.scale
+        stored = f", {self.jpeg_probability:.0%} JPEG" if self.jpeg_probability else ""
+        drawn = f"x{lowest:.3g} to {highest:.3g} {kinds}{stored}"
+        return drawn if self.share == 1 else f"{self.share:.0%} of the batches {drawn}; the others {self.plain}"
+
     def drawn(self, key: str, indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
         """The reduction of a batch of images with these `indices`, the same for the same `key`."""
         of_batch = random.Random(key)

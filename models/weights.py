@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from models.errors import InputError
-from models.files import write_atomically
+from models.files import refuse_unwritable, write_atomically
 
 # SHA-256, or its beginning, of files that their owners publish under these names: mirrors have served others.
 PUBLISHED = {
@@ -350,6 +350,13 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str
             raise InputError(f"{path}: {key} is not a part of this network")
     for key, tensor in weights.items():
         own[key].copy_(tensor)
+
+
+def refuse_unwritable_weights(path: str | Path, key: str) -> None:
+    """Raises InputError where `save_file` can't write to `path`, the value of the parameter `key`, now."""
+    if Path(path).suffix == ".safetensors":
+        raise InputError(f"{path}: weights are written as torch does: change {key} to .pt, and --export it later")
+    refuse_unwritable(path, key)
 
 
 def save_file(contents: object, path: str | Path) -> None:

@@ -214,6 +214,18 @@ def test_degradations(trained, monkeypatch, capfd, start):
     assert found == {name: accuracy[name] for name in ("Bilinear", "Bicubic", "DarioNet")}
 
 
+def test_degradations_in_one_line():
+    from examples.degradation import overall
+
+    found = {"a": -0.5, "b": 0.75, "c": None}
+    names = ("Bilinear", "X")
+    rows = [
+        {"scale": 0.5, "reduction": way, "accuracy": dict.fromkeys(names), "recovered": dict.fromkeys(names, value)}
+        for way, value in found.items()
+    ]
+    assert overall(rows) == "\nX recovers 12.5% in the mean of 2 rows, at worst -50.0% (x0.5 a).\n"
+
+
 @pytest.mark.parametrize(
     "script",
     [
