@@ -4,9 +4,11 @@ import atexit
 import contextlib
 import ctypes
 import errno
+import functools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,6 +129,7 @@ def start_runtime(precision: str) -> Runtime:
     device = torch.device("cuda" if torch.cuda.is_available() else mps)
     if device.type == "cpu":
         keep_freed_memory()
+        wait_without_spinning()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if precision == "auto":
         if device.type == "cuda":
@@ -175,6 +178,24 @@ def keep_freed_memory() -> None:
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
         mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
+
+
+@functools.cache
+def wait_without_spinning() -> None:
+    """Has torch's threads sleep while they wait for each other: spinning, they keep the processor from those at work.
+
+    Beside another program that made training on two cores three times slower. GNU's OpenMP spins for no more than some
+    microseconds once it has more threads than there are processors: a second team, which stays idle, makes them more.
+    Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
+    """
+    threads = torch.get_num_threads()
+
+    def second_team() -> None:
+        torch.ones(threads * 2**16).exp_()  # large enough to be shared by all threads
+        threading.Event().wait()
+
+    if threads > 1 and sys.platform == "linux":
+        threading.Thread(target=second_team, daemon=True).start()
 
 
 def cpu_has_bf16() -> bool:

@@ -61,3 +61,31 @@ def test_freed_memory_is_kept(tmp_path, where):
     *before, count = map(int, filter(str.isdigit, out.split("\n")))
     assert count < 60_000, out
     assert all(other > 200_000 for other in before), "without the setting there are as many as pages"
+
+
+WAITING = """
+import time
+import torch
+
+def waiting():
+    "Seconds of processor time of thirty waits of 20 ms, each after work that is shared by two threads."
+    values, before = torch.ones(2**17), time.process_time()
+    for _ in range(30):
+        values.exp_()
+        time.sleep(0.02)
+    return time.process_time() - before
+
+print(waiting())
+from experiment.runtime import start_runtime
+start_runtime("float32")
+print(waiting())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2, reason="a setting of GNU's OpenMP, for two cores")
+def test_threads_that_wait_leave_the_processor_to_others():
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", WAITING]
+    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    spinning, sleeping = map(float, out.split())
+    assert sleeping < spinning / 2
