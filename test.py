@@ -125,7 +125,7 @@ def main() -> int:
             chosen = batches if limit is None else batches[epoch * limit : (epoch + 1) * limit]
             chosen = runtime.part(chosen)
             loader = make_loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
-            bar = progress_bar(len(chosen), "test", options.verbose, unit="batch")
+            bar = progress_bar(len(chosen), "test", options.verbose)
             with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
                 keep = epoch == 0 or limit is not None
                 evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result, keep)

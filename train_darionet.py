@@ -48,6 +48,7 @@ from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tenso
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import (
     DTYPES,
+    LOGS,
     Runtime,
     Stopper,
     agreed_to_stop,
@@ -67,7 +68,6 @@ from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import RandomReduction, Reduction
 from models.weights import refuse_unwritable_weights, save_file
 
-LOGS = Path("assets/logs")
 SAMPLES = 6  # validation images in the strip of every epoch
 
 
@@ -101,8 +101,8 @@ def main() -> int:
         random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
         targets = val_set.targets(teachers[0].class_names)
-        size = (d.features, d.blocks, d.growth)
-        network = build_darionet(*size, d.initial_weights, runtime.device, runtime.memory_format)
+        made_for = (runtime.device, runtime.memory_format)
+        network = build_darionet(d.features, d.blocks, d.growth, d.initial_weights, *made_for)
         network.recompute = training.recompute
         average = None
         if training.ema_decay is not None:
@@ -169,10 +169,8 @@ def main() -> int:
                 started = time.perf_counter()
                 with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
                     for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
-                        reduce = reduction
-                        if random is not None:
-                            key = f"{training.seed}/{epoch}/{state.batch}"
-                            reduce = random.drawn(key, batch.indices.tolist())
+                        key = f"{training.seed}/{epoch}/{state.batch}"
+                        reduce = reduction if random is None else random.drawn(key, batch.indices.tolist())
                         done = step(
                             batch,
                             lambda images, _, reduce=reduce: loss(images, reduce(images), restore),
@@ -191,8 +189,7 @@ def main() -> int:
                         started = now
                         if done.unreadable:
                             if runtime.is_main:
-                                rows = [(train_set.paths[i], reason) for i, reason in sorted(state.unreadable.items())]
-                                write_csv(folder / "unreadable.csv", [{"image": i, "reason": r} for i, r in rows])
+                                write_csv(folder / "unreadable.csv", state.unreadable_rows(train_set.paths))
                             refuse_unreadable(state.unreadable, train_set, class_sizes)
                         bar.set_postfix_str(state.summary(), refresh=False)
                         bar.update()
@@ -266,6 +263,8 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     classifier = prepare(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
         classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
+    if parameters.training.loss.maps and not classifier.maps:
+        raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
     if runtime.precision != "float32":
         classifier.fold(DTYPES[runtime.precision])
     return classifier
@@ -296,6 +295,7 @@ def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
     """What the weights were trained for; stands beside them, so that others can say when their input differs."""
     return {
         **reduction.note(),
+        "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
         "classifier": parameters.model_dump()["classifier"],
         "loss": parameters.training.loss.model_dump(),
         "run": str(folder),

@@ -165,6 +165,8 @@ def main() -> int:
         parser.error("--export FILE goes without an image and without --web")
     if arguments.with_classifier and not arguments.export:
         parser.error("--with-classifier goes with --export FILE")
+    if arguments.save and not arguments.image:
+        parser.error("--save OUT goes with an image or a folder")
     if arguments.web and arguments.small:
         parser.error("--web reduces large images: leave out --small")
     serve = web_server() if arguments.web else None  # before the networks are read

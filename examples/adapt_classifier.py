@@ -46,6 +46,7 @@ from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import (
     DTYPES,
+    LOGS,
     Stopper,
     duration,
     new_run_folder,
@@ -59,8 +60,6 @@ from models.darionet import prepare, write_note
 from models.errors import InputError
 from models.scaler import RandomReduction, Reduction
 from models.weights import refuse_unwritable_weights
-
-LOGS = Path("assets/logs")
 
 
 def main() -> int:
@@ -183,8 +182,7 @@ def main() -> int:
                     state.count(done, now - started)
                     started = now
                     if done.unreadable:
-                        rows = [{"image": train_set.paths[i], "reason": r} for i, r in sorted(state.unreadable.items())]
-                        write_csv(folder / "unreadable.csv", rows)
+                        write_csv(folder / "unreadable.csv", state.unreadable_rows(train_set.paths))
                         refuse_unreadable(state.unreadable, train_set, class_sizes)
                     bar.set_postfix_str(state.summary(), refresh=False)
                     bar.update()

@@ -50,6 +50,9 @@ def main() -> int:
     parser.add_argument("--scales", nargs="+", type=float, metavar="S", help="default: transformations.scale")
     arguments = parser.parse_args()
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
+    for scale in arguments.scales or ():
+        if not 0 < scale <= 1:
+            raise InputError(f"--scales {scale:g}: has to be over 0 and at most 1")
     t, options, d = parameters.transformations, parameters.test, parameters.darionet
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
@@ -69,7 +72,7 @@ def main() -> int:
     right = {key: dict.fromkeys(restores, 0) for key in reductions}
     original = count = unreadable = 0
     loader = make_loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
-    with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose, unit="batch") as bar:
+    with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose) as bar:
         for batch in batches_until_stopped(loader, stopper):
             unreadable += len(batch.unreadable)
             if len(batch.images):
@@ -88,6 +91,8 @@ def main() -> int:
             bar.update()
         if stopper.requested:
             print(f"Stopped after {count} of {len(dataset)} images")
+    if not count and stopper.requested:
+        return stopper.code
     if not count:
         raise InputError(f"{dataset.root}: none of its images could be read")
 

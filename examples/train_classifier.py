@@ -31,6 +31,7 @@ from experiment.distillation import Losses, learning_rate_at, refuse_unreadable,
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import (
+    LOGS,
     Stopper,
     duration,
     new_run_folder,
@@ -44,8 +45,6 @@ from models.darionet import prepare
 from models.errors import InputError
 from models.weights import refuse_unwritable_weights
 
-LOGS = Path("assets/logs")
-
 
 def main() -> int:
     parser = script_parser(__doc__)
@@ -57,13 +56,16 @@ def main() -> int:
     parser.add_argument("--shift", type=int, default=0, help="largest random shift of the pictures, in pixels")
     parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a stopped run")
     arguments = parser.parse_args()
-    refuse_options(arguments)
     with Stopper() as stopper:
         folder = run_to_resume(LOGS, arguments.resume, "classifier")
         checkpoint = None if folder is None else load_checkpoint(folder)
+        if checkpoint is not None:  # what the run began with, but for what is given anew
+            parser.set_defaults(**json.loads(checkpoint["resolved"])["options"])
+            arguments = parser.parse_args()
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data = parameters.transformations, parameters.training, parameters.data
+        refuse_options(arguments, t.train_crop_size)
         name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
         if place is None or place in published_weights(name):
             raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
@@ -74,7 +76,7 @@ def main() -> int:
         seed_without_tf32(seed)
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
-        class_names = sorted(class_sizes)
+        class_names = sorted(class_sizes.keys() - {""})
         if len(class_names) < 2:
             raise InputError(f"{data.train}: a classifier needs at least two class folders, found {len(class_names)}")
         targets = torch.tensor(train_set.targets(class_names), device=runtime.device)
@@ -102,7 +104,9 @@ def main() -> int:
         state = State()
         remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
         resolved = parameters.model_dump() | {
-            "options": {key: value for key, value in vars(arguments).items() if key not in ("resume", "set")},
+            "options": {
+                key: value for key, value in vars(arguments).items() if key not in ("parameters", "resume", "set")
+            },
             "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         }
         if checkpoint is not None:
@@ -162,8 +166,7 @@ def main() -> int:
                     state.count(done, now - started)
                     started = now
                     if done.unreadable:
-                        rows = [{"image": train_set.paths[i], "reason": r} for i, r in sorted(state.unreadable.items())]
-                        write_csv(folder / "unreadable.csv", rows)
+                        write_csv(folder / "unreadable.csv", state.unreadable_rows(train_set.paths))
                         refuse_unreadable(state.unreadable, train_set, class_sizes)
                     bar.update()
                     at = epoch * steps_per_epoch + state.batch
@@ -214,15 +217,15 @@ def shifted(images: Tensor, most: int, key: str) -> Tensor:
     return vision.crop(images, rng.randint(0, 2 * most), rng.randint(0, 2 * most), height, width)
 
 
-def refuse_options(arguments) -> None:
-    """Raises InputError for an option out of range."""
+def refuse_options(arguments, crop_size: int) -> None:
+    """Raises InputError for an option out of range; pictures of `crop_size` pixels are mirrored at their borders."""
     for option, low, high in (
         ("epochs", 1, 100_000),
         ("batch_size", 2, 65536),
         ("learning_rate", 1e-9, 100),
         ("weight_decay", 0, 1),
         ("label_smoothing", 0, 1),
-        ("shift", 0, 1000),
+        ("shift", 0, crop_size - 1),
     ):
         value = getattr(arguments, option)
         if not low <= value <= high:

@@ -83,6 +83,10 @@ class State:
         n = max(1, self.images)
         return self.loss / n if self.images else math.inf, self.psnr_db / n, self.images / max(self.seconds, 1e-9)
 
+    def unreadable_rows(self, paths: list[str]) -> list[dict]:
+        """Rows of unreadable.csv; `paths` are those of all training images."""
+        return [{"image": paths[i], "reason": reason} for i, reason in sorted(self.unreadable.items())]
+
     def summary(self) -> str:
         return "loss {:.4f}, {:.2f} dB, {:.1f} images/s".format(*self.means())
 

@@ -17,12 +17,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
@@ -30,18 +29,15 @@ from torchvision.transforms.v2 import functional as vision
 from experiment.runtime import STOP_SIGNALS, Stopper, keep_freed_memory
 from experiment.sampling import ENDINGS, open_images
 from models.errors import InputError, OneProcessError
+from models.images import BITS, PHOTOMETRIC, UnreadableImage, to_rgb, turn_upright
 
 FORMATS = tuple(dict.fromkeys(ENDINGS.values()))  # the decoders that are offered a file, whatever its name
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
-BITS, PHOTOMETRIC, FILL_ORDER, PLANAR, COLOR_MAP, SAMPLE_FORMAT, SUBSAMPLING = 258, 262, 266, 284, 320, 339, 530  # TIFF
+FILL_ORDER, PLANAR, SAMPLE_FORMAT, SUBSAMPLING = 266, 284, 339, 530  # TIFF
 PNG_EXTRAS = 2**20  # bytes of text and of EXIF data
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
 TOO_MANY_FILES = (errno.EMFILE, errno.ENFILE)
-
-
-class UnreadableImage(Exception):
-    """The file is no image that can be decoded; the message says why."""
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
@@ -71,47 +67,6 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         reason = f"{type(error).__name__}: {error}"
     name = os.fspath(path)  # whoever lists the reasons names the file
     raise UnreadableImage(reason.replace(f" {name!r}", "").replace(name, "").replace("\n", " ")[:200])
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # a viewer shows an image with damaged EXIF data as it lies
-        return image
-
-
-def to_rgb(image: Image.Image, tags: Mapping[int, Any] = MappingProxyType({})) -> Image.Image:
-    """What Pillow decoded, of any mode, as 8-bit RGB on white; `tags` are those of a TIFF."""
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):
-        return to_8_bits(image, tags).convert("RGB")
-    if image.mode == "P" and max(tags.get(COLOR_MAP, [256])) < 256:  # of 8 bits, where TIFF has 16
-        image.putpalette(np.uint8(tags[COLOR_MAP]).reshape(3, -1).T.tobytes())
-    if image.mode == "La":  # Pillow knows no other way from here
-        image = image.convert("LA")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """12, 16 or 32 bits of grey scaled and rounded, white is white; Pillow's own conversion clips them."""
-    values = np.asarray(image)
-    bits = tags[BITS][0] if tags else 16
-    grey = values.astype(np.uint32)
-    if bits > 16:
-        grey >>= bits - 16
-    white = 2 ** min(bits, 16) - 1
-    grey *= 255
-    grey += white // 2
-    grey //= white
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero
-        np.subtract(255, grey, out=grey)
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey.astype(np.uint8))
 
 
 def check_tiff(tags: Mapping[int, Any], mode: str, compression: str) -> None:

@@ -259,7 +259,9 @@ def override(values: dict, setting: str) -> None:
     if takes(wanted, str) and not isinstance(value, str) and not (value is None and takes(wanted, NoneType)):
         value = text  # a folder may be called 2012
     for section in sections:
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise InputError(f"--set {shown(setting)}: {shown(section)} holds no keys of its own")
     values[last] = value
@@ -289,8 +291,9 @@ def first_line(error: ValidationError) -> str:
     key = shown(".".join(map(str, places))) or "the file"
     if fault["type"] == "extra_forbidden":
         section = Parameters
-        for name in places[:-1]:
-            section = ClassifierSection if name == "classifier" else section.model_fields[name].annotation
+        for name in (name for name in places[:-1] if isinstance(name, str)):
+            kind = ClassifierSection if name == "classifier" else section.model_fields[name].annotation
+            section = next((one for one in get_args(kind) if one is not NoneType), kind)
         text = f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
     elif fault["type"] == "value_error":
         text = f"{key}: {fault['ctx']['error']}" if fault["loc"] else str(fault["ctx"]["error"])

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from experiment.parameters import refuse_tasks_without_torchrun
 from models.errors import InputError, OneProcessError
 
+LOGS = Path("assets/logs")  # a folder in it for every run
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
@@ -226,18 +227,17 @@ def new_run_folder(kind: str, suffix: str = "") -> Path:
     Raises:
         InputError: assets/logs is no folder.
     """
-    logs = Path("assets/logs")
     try:
-        logs.mkdir(parents=True, exist_ok=True)
+        LOGS.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{logs}: a file, or a link to a folder that is gone: remove it, or mend the link") from None
+        raise InputError(f"{LOGS}: a file, or a link to a folder that is gone: remove it, or mend the link") from None
     now = time.time()
     for second in range(1000):
         with contextlib.suppress(FileExistsError):
-            folder = logs / f"{kind}_{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now + second))}{suffix}"
+            folder = LOGS / f"{kind}_{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now + second))}{suffix}"
             folder.mkdir()
             return folder
-    raise InputError(f"{logs}: a thousand runs have begun in this second")
+    raise InputError(f"{LOGS}: a thousand runs have begun in this second")
 
 
 @contextlib.contextmanager

@@ -470,10 +470,12 @@ def read_classifier_file(architecture: str, path: str) -> tuple[dict, dict[str, 
     """What stands beside the weights in a file, and the weights.
 
     Raises:
-        InputError: they are of another architecture, or the class names are not as many as its scores.
+        InputError: no weights, or those of another architecture.
     """
     contents = load_file(path)
     state = unwrap(contents, path)
+    if not isinstance(contents, dict) or not any(isinstance(value, dict) for value in contents.values()):
+        return {}, state  # weights alone: what is called mean or std there is a buffer of the network's
     noted = contents.get("architecture", architecture)
     if noted != architecture:
         raise InputError(f"{path}: holds a {noted}; classifier.architecture says {architecture}")

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from models.weights import generator_size, load_generator, load_strictly, metada
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
 
+OTHER_ROWS = ("original", "small", "bilinear", "bicubic")  # of the results, in lower case
 SHIPPED = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
 
 
@@ -119,11 +121,11 @@ def load_upscalers(
     initial_weights = None if initial_weights is None else published_file(initial_weights)
     start = [initial_weights] if initial_weights is not None and Path(initial_weights).is_file() else []
     paths = list({os.path.realpath(path): path for path in [*start, *weights]}.values())
-    names = [row_name(path) for path in paths]
-    for i, name in enumerate(names):
-        if names.count(name) > 1:
-            names[i] = Path(paths[i]).stem
-    names = [f"{name} ({path})" if names.count(name) > 1 else name for name, path in zip(names, paths, strict=True)]
+    kinds = [row_name(path) for path in paths]
+    several = {kind for kind in kinds if kinds.count(kind) > 1}
+    names = [Path(path).stem if kind in several else kind for kind, path in zip(kinds, paths, strict=True)]
+    taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
+    names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
     return {name: load_rrdbnet(path, device).eval() for name, path in zip(names, paths, strict=True)}
 
 
@@ -183,8 +185,18 @@ def is_of(weights: Path, sha256: str, stamp: tuple) -> bool:
 def other_input(path: str, reduction: Reduction) -> str | None:
     """A line that says how this input differs from what the weights were trained for; None where it does not."""
     note, now = trained_for(path), reduction.note()
-    different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if note.get(key, value) != value]
+    drawn = note.get("random_reduction") or {}
+    known = {key: [note.get(key, value), *drawn.get(key, ())] for key, value in now.items()}
+    if was_drawn(reduction.scale, note):
+        known["scale"].append(reduction.scale)
+    different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if value not in known[key]]
     return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
+
+
+def was_drawn(scale: float, note: dict) -> bool:
+    """Whether a training with random reductions had this scale among them."""
+    lowest, highest = (note.get("random_reduction") or {}).get("scale", (1, 0))
+    return lowest <= scale <= highest
 
 
 def other_size(path: str, side: int, full_side: int) -> str | None:
@@ -192,9 +204,9 @@ def other_size(path: str, side: int, full_side: int) -> str | None:
 
     `side` is their shorter side and `full_side` what it is rebuilt to, in pixels; None within a quarter, or unknown.
     """
-    scale = trained_for(path).get("scale", side / full_side)
-    trained = reduced_length(full_side, scale)
-    if 0.8 <= side / trained <= 1.25:
+    note, scale = trained_for(path), side / full_side
+    trained = reduced_length(full_side, note.get("scale", scale))
+    if 0.8 <= side / trained <= 1.25 or was_drawn(scale, note):
         return None
     return f"Note: {path} was trained for small images of {trained} pixels, not {side}; expect less"
 

@@ -268,13 +268,15 @@ def test_a_stop_signal_is_heard_while_a_batch_is_waited_for(stubborn, workers, n
     """Whatever it waits for; what was delivered before is whole, and no process is left."""
     began = time.monotonic()
     with Stopper() as stopper:
-        timer = threading.Timer(0.7, os.kill, (os.getpid(), getattr(signal, number)))
-        timer.start()
-        loader = make_loader(stubborn, BATCHES, workers, False)
-        seen = [batch.indices.tolist() for batch in batches_until_stopped(loader, stopper)]
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), getattr(signal, number)))
+        seen = []
+        for batch in batches_until_stopped(make_loader(stubborn, BATCHES, workers, False), stopper):
+            seen.append(batch.indices.tolist())
+            if len(seen) == 3:
+                timer.start()
         timer.join()
         assert stopper.code == code
-    assert seen == BATCHES[:3] and time.monotonic() - began < 10
+    assert seen == BATCHES[:3] and time.monotonic() - began < 20
     assert not multiprocessing.active_children()
     assert f"{number}: stopping" in capfd.readouterr().err
 

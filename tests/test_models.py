@@ -485,6 +485,29 @@ def test_jpeg_loses_a_little():
     assert 0 < (better - small).abs().mean() < (worse - small).abs().mean() < 0.1
 
 
+def test_weights_with_buffers_of_their_own_say_nothing_else(tmp_path):
+    """A network that normalises inside has buffers called mean and std: no normalisation of the file's."""
+    (tmp_path / "own.py").write_text(
+        "import torch\n"
+        "class Own(torch.nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.register_buffer('mean', torch.full((3,), 0.25))\n"
+        "        self.head = torch.nn.Linear(3, 2)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(x.mean((2, 3)) - self.mean)\n"
+        "CLASS_NAMES = ['a', 'b']\n"
+        "MEAN, STD = (0, 0, 0), (1, 1, 1)\n"
+        "network = Own\n"
+    )
+    architecture = f"{tmp_path / 'own.py'}:network"
+    torch.save(open_classifier(architecture, None).network.state_dict(), tmp_path / "own.pt")
+    assert open_classifier(architecture, str(tmp_path / "own.pt")).mean.flatten().tolist() == [0, 0, 0]
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(InputError, match="mean is missing"):
+        open_classifier(architecture, str(tmp_path / "tensor.pt"))
+
+
 def test_a_reduction_drawn_for_every_image():
     options = {"interpolation": ["bilinear", "bicubic"], "antialias": [False, True], "jpeg_quality": [40, 95]}
     kinds = RandomReduction(Reduction(), share=1.0, scale=[0.25, 0.5], jpeg_probability=0.5, **options)
@@ -529,6 +552,8 @@ def test_images_keep_their_values_and_their_turn():
     file = io.BytesIO()
     picture.save(file, "JPEG", exif=exif)
     assert to_tensor(Image.open(file)).shape == (1, 3, 3, 2)
+    assert to_tensor(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).eq(1).all(), "what is transparent is white"
+    assert to_tensor(Image.new("I;16", (1, 1), 2000)).mul(255).round().eq(8).all(), "16 bits are scaled"
     assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
 
 

@@ -135,6 +135,8 @@ def test_one_file_under_two_names(tmp_path, monkeypatch):
         ('{"training": {"loss": {"logits": 0}}}', ["training.loss", "over 0"]),
         ('{"transformations": {"val_crop_size": 300}}', ["val_crop_size 300 is larger than resize_size 256"]),
         ('{"transformations": {"interpolation": "area"}}', ["transformations.interpolation", "bilinear"]),
+        ('{"transformations": {"random_reduction": {"x": 1}}}', ["random_reduction.x: unknown key", "share, scale"]),
+        ('{"classifier": [{}, {"name": "x"}]}', ["classifier.1.name: unknown key", "architecture"]),
         ('{"data": {"train": ""}}', ["data.train"]),
         ('{"data": {"train": "a\\u0000b"}}', ["data.train"]),
         ('{"test": {"seed": 1, "seed": 2}}', ["'seed' stands twice"]),
@@ -166,6 +168,12 @@ def test_settings_that_do_not_fit(tmp_path, setting, part):
     (tmp_path / "p.json").write_text('{"training": {"epochs": 1}}')
     with pytest.raises(InputError, match=part):
         read_parameters(tmp_path / "p.json", [setting])
+
+
+def test_settings_of_a_section_that_is_null(tmp_path):
+    (tmp_path / "p.json").write_text('{"transformations": {"random_reduction": null}}')
+    parameters = read_parameters(tmp_path / "p.json", ["transformations.random_reduction.share=0.5"])
+    assert parameters.transformations.random_reduction.share == 0.5
 
 
 SCRIPTS = ["img_sampler_train", "img_sampler_val", "train_darionet", "test", "try_darionet"]

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from test_images import chunk, encoded, png
 
-from experiment.data import UnreadableImage, read_image, to_rgb
+from experiment.data import UnreadableImage, read_image
+from models.images import to_rgb
 
 WIDTH, HEIGHT = 16, 4
 RAMP = np.arange(WIDTH) / (WIDTH - 1)

@@ -316,6 +316,7 @@ def test_try_small_images(start, trained):
 
 def test_try_what_is_no_image(start, trained):
     one_line(start("try_darionet", "absent.png"), "absent.png: no such image")
+    one_line(start("try_darionet", "--export", "a.onnx", "--save", "out"), "--save OUT goes with an image")
     Path("text.jpg").write_text("hello")
     one_line(start("try_darionet", "text.jpg"), "text.jpg", "cannot identify")
     one_line(start("try_darionet", "test"), "test: a folder", "--small")
@@ -440,6 +441,12 @@ def test_small_images_of_another_size_than_the_weights_were_trained_for(start, t
         draw("discs", 1, side).save("icon.png")
         result = start("try_darionet", "--small", "icon.png")
         assert ("trained for small images of 10 pixels, not 20" in result.out) == said
+    write_note("DarioNet.pt", {"scale": 0.32, "random_reduction": {"scale": [0.3, 0.7], "antialias": [False, True]}})
+    assert "trained for" not in start("try_darionet", "--small", "icon.png").out
+    draw("discs", 1).save("large.png")
+    for setting, said in (("scale=0.6", False), ("antialias=true", False), ("scale=0.2", True)):
+        result = start("try_darionet", "large.png", "--set", f"transformations.{setting}")
+        assert ("DarioNet.pt was trained for scale 0.32, not 0.2" in result.out) == said, result.out
 
 
 def test_out_of_memory_is_one_line(start, trained, monkeypatch):
@@ -504,7 +511,7 @@ def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_class
         stop_after(patch, 1, signal.SIGTERM)
         stopped = train_classifier("--epochs", 2, "--shift", 2)
     assert stopped.code == 143 and "add --resume" in stopped.out
-    resumed = train_classifier("--epochs", 2, "--shift", 2, "--resume")
+    resumed = train_classifier("--resume")
     assert resumed.code == 0, resumed.err
     found = checkpoint(last_line(resumed))
     assert same_state(found, whole | {"resolved": found["resolved"]})
@@ -521,6 +528,7 @@ def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_class
         (["--set", "classifier.architecture=vit_b_32"], "can't read images of 32x32 pixels"),
         (["--set", "classifier.architecture=alexnet"], "can't read images of 32x32 pixels"),
         (["--set", "data.train=nowhere"], "nowhere: no such folder"),
+        (["--shift", 32], "--shift 32: has to be from 0 to 31"),
         (["--set", "data.val=held_out"], "the classifier has no class named others"),
     ],
 )

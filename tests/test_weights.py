@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.darionet import build_darionet, load_rrdbnet, note_of, row_name, trained_for, write_note
+from models.darionet import build_darionet, load_rrdbnet, load_upscalers, note_of, row_name, trained_for, write_note
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
 from models.weights import PUBLISHED, generator_size, load_file, load_generator, load_strictly, save_file, unwrap
@@ -396,3 +396,14 @@ def test_a_file_of_endless_kinds_of_objects(tmp_path):
     (tmp_path / "w.pt").write_bytes(b"\x80\x02" + names.encode() + b"N.")
     with pytest.raises(InputError, match="would run code"):
         load_file(tmp_path / "w.pt")
+
+
+def test_no_network_takes_the_name_of_another_row(tmp_path, monkeypatch):
+    """Columns of predictions.csv are in lower case."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    for name in ("Bilinear.pt", "a.pt", "A.pt", "b.pt"):
+        torch.save(RRDBNet(8, 1, 4).state_dict(), name)
+        write_note(name, {"loss": {"logits": 1.0}})
+    names = list(load_upscalers(["Bilinear.pt", "a.pt", "A.pt", "b.pt"], None))
+    assert names == ["Bilinear (Bilinear.pt)", "a (a.pt)", "A (A.pt)", "b"]

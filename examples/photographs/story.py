@@ -41,7 +41,9 @@ def main() -> int:
     targets = photographs.targets(classifier.class_names, required=True)
     files = {"Real-ESRGAN": arguments.esrgan, OURS: parameters.darionet.weights}
     networks = {name: load_rrdbnet(file, runtime.device).eval() for name, file in files.items() if file}
-    restores = {BASELINE: Enlarge("bilinear")} | {name: Upscale(network) for name, network in networks.items()}
+    restores = {BASELINE: Enlarge("bilinear")} | {
+        name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()
+    }
     reduction = Reduction(t.scale, t.interpolation, t.antialias)
     rows = [Pipeline(ORIGINAL, classifier, unchanged, unchanged), Pipeline(SMALL, classifier, reduction, unchanged)]
     rows += [Pipeline(name, classifier, reduction, restore) for name, restore in restores.items()]
