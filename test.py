@@ -23,7 +23,7 @@ import torchvision
 from torchvision.models import list_models
 
 from experiment import plots
-from experiment.data import ImageTree, Transform, UnreadableImage, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Loader, Transform, UnreadableImage, epoch_batches, to_float
 from experiment.evaluation import Evaluation, enlarger, evaluate, joined, make_pipelines
 from experiment.metrics import (
     BASELINE,
@@ -124,7 +124,7 @@ def main() -> int:
             limit = options.batches_per_epoch
             chosen = batches if limit is None else batches[epoch * limit : (epoch + 1) * limit]
             chosen = runtime.part(chosen)
-            loader = make_loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
+            loader = Loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
             bar = progress_bar(len(chosen), "test", options.verbose)
             with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
                 keep = epoch == 0 or limit is not None

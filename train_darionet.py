@@ -35,7 +35,7 @@ from experiment.checkpoint import (
     save_checkpoint,
     to_cpu,
 )
-from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
 from experiment.distillation import (
     distillation_loss,
     ema_update,
@@ -92,7 +92,7 @@ def main() -> int:
         runtime = start_runtime(training.precision)
         seed_without_tf32(training.seed)
         is_cuda = runtime.device.type == "cuda"
-        loader = partial(make_loader, workers=data.workers, pin_memory=is_cuda)
+        loader = partial(Loader, workers=data.workers, pin_memory=is_cuda)
         flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
 
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))

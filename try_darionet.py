@@ -30,12 +30,12 @@ from torch import Tensor
 from experiment import plots
 from experiment.data import (
     ImageTree,
+    Loader,
     Transform,
     UnreadableImage,
     Whole,
     batches_of_one_size,
     batches_until_stopped,
-    make_loader,
     read_image,
     to_float,
 )
@@ -332,7 +332,7 @@ def read_folder(
         print(f"{there} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
 
     parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
-    arriving = batches_until_stopped(make_loader(dataset, parts, parameters.data.workers, False), stopper)
+    arriving = batches_until_stopped(Loader(dataset, parts, parameters.data.workers, False), stopper)
     bar = progress_bar(len(chosen), "reading", unit="image")
     try:
         with bar, out_of_memory_is_one_line(reader.runtime, reader.batch_size, "test.batch_size"):

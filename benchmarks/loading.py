@@ -5,7 +5,7 @@
     python -m benchmarks.loading --images 512 --workers 1 2
 
 The images are JPEGs of ImageNet's usual size, 500x375, drawn here: blotches, edges and noise, about 95 kB each, a
-little less than ImageNet's. They go through the program's own code: ImageTree, the training's Transform, make_loader,
+little less than ImageNet's. They go through the program's own code: ImageTree, the training's Transform, Loader,
 to_float.
 The last line is JSON.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiment.data import ImageTree, Transform, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Loader, Transform, epoch_batches, to_float
 from experiment.runtime import Runtime, start_runtime
 
 WIDTH, HEIGHT = 500, 375
@@ -114,7 +114,7 @@ def decoding(folder: Path, drawn: list[Path], arguments, runtime: Runtime) -> di
         for _ in range(arguments.rounds):
             started = time.perf_counter()
             arrived = []
-            for batch in make_loader(dataset, batches, workers, runtime.device.type == "cuda"):
+            for batch in Loader(dataset, batches, workers, runtime.device.type == "cuda"):
                 to_float(batch.images, runtime.device)
                 assert not batch.unreadable
                 arrived.append(time.perf_counter())

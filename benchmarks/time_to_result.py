@@ -20,7 +20,7 @@ import threading
 from pathlib import Path
 
 from experiment.checkpoint import load_checkpoint
-from experiment.data import ImageTree, Transform, epoch_batches, make_loader
+from experiment.data import ImageTree, Loader, Transform, epoch_batches
 from experiment.evaluation import Evaluation, evaluate, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
@@ -134,7 +134,7 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     targets = dataset.targets(classifier.class_names, required=True)
     order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
     batches = epoch_batches(len(dataset), options.batch_size, **order)
-    loader = make_loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
+    loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
     pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), {OURS: network})
     pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
     result = Evaluation()

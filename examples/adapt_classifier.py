@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from experiment.checkpoint import State, load_checkpoint, refuse_changes, run_to_resume, save_checkpoint, to_cpu
-from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader
+from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
 from experiment.distillation import (
     TERMS,
     Losses,
@@ -88,7 +88,7 @@ def main() -> int:
         if runtime.processes > 1:
             raise InputError("one process adapts a classifier: start it with python, not with torchrun")
         seed_without_tf32(training.seed)
-        loader = partial(make_loader, workers=data.workers, pin_memory=runtime.device.type == "cuda")
+        loader = partial(Loader, workers=data.workers, pin_memory=runtime.device.type == "cuda")
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         teacher = open_classifier(**parameters.classifier[0].model_dump())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from experiment import plots
-from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader, to_float
+from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
 from experiment.metrics import BASELINE, require_finite, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
@@ -71,7 +71,7 @@ def main() -> int:
 
     right = {key: dict.fromkeys(restores, 0) for key in reductions}
     original = count = unreadable = 0
-    loader = make_loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
+    loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
     with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose) as bar:
         for batch in batches_until_stopped(loader, stopper):
             unreadable += len(batch.unreadable)

@@ -26,7 +26,7 @@ from torchvision.models import get_model
 from torchvision.transforms.v2 import functional as vision
 
 from experiment.checkpoint import State, load_checkpoint, refuse_changes, run_to_resume, save_checkpoint, to_cpu
-from experiment.data import ImageTree, Transform, batches_until_stopped, epoch_batches, make_loader
+from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
 from experiment.distillation import Losses, learning_rate_at, refuse_unreadable, step, validate
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
@@ -148,7 +148,7 @@ def main() -> int:
             )
             started = time.perf_counter()
             with bar, out_of_memory_is_one_line(runtime, arguments.batch_size, "--batch-size"):
-                for batch in batches_until_stopped(make_loader(train_set, left, data.workers, False), stopper):
+                for batch in batches_until_stopped(Loader(train_set, left, data.workers, False), stopper):
                     if len(batch.images) == 1:  # BatchNorm needs two
                         batch = batch._replace(images=batch.images[:0])
                     done = step(
@@ -180,7 +180,7 @@ def main() -> int:
             network.eval()
             batches = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
             with progress_bar(len(batches), "validation", leave=False) as bar:
-                loader = make_loader(val_set, batches, data.workers, False)
+                loader = Loader(val_set, batches, data.workers, False)
                 scores = validate(loss, loader, val_targets, runtime, stopper, bar)
             if scores is None:
                 break

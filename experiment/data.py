@@ -269,9 +269,6 @@ class Loader:
         self.dataset, self.batches, self.pin_memory = dataset, batches, pin_memory
         self.workers = min(workers, len(batches))
 
-    def __len__(self) -> int:
-        return len(self.batches)
-
     def __iter__(self) -> Iterator[Batch]:
         return self.read(lambda get: get())
 
@@ -341,11 +338,6 @@ class Worker(NamedTuple):
     def ask(self, number: int) -> None:
         with contextlib.suppress(OSError):  # it is gone: that will arrive
             self.pipe.send(number)
-
-
-def make_loader(dataset: Dataset, batches: list[list[int]], workers: int, pin_memory: bool) -> Loader:
-    """A loader of these batches, in this order, whatever the number of workers."""
-    return Loader(dataset, batches, workers, pin_memory)
 
 
 def batches_until_stopped(loader: Iterable[Batch], stopper: Stopper) -> Iterator[Batch]:

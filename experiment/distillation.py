@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, Batch, ImageTree, batches_until_stopped, to_float
+from experiment.data import NO_LABEL, Batch, ImageTree, Loader, batches_until_stopped, to_float
 from experiment.metrics import require_finite
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier, Look
@@ -251,7 +250,7 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
 @torch.no_grad()
 def validate(
     loss: Callable[[Tensor, Tensor], Losses],
-    loader: DataLoader,
+    loader: Loader,
     targets: list[int],
     runtime: Runtime,
     stopper: Stopper,

@@ -11,11 +11,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageTree, batches_until_stopped, to_float
+from experiment.data import ImageTree, Loader, batches_until_stopped, to_float
 from experiment.distillation import psnr_db
 from experiment.metrics import BASELINE, ORIGINAL, SMALL, require_finite
 from experiment.runtime import Runtime, Stopper
@@ -80,7 +79,7 @@ def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | 
 @torch.no_grad()
 def evaluate(
     pipelines: list[Pipeline],
-    loader: DataLoader,
+    loader: Loader,
     dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,

@@ -85,9 +85,9 @@ class PlainLogFormatter(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], layout: str, **options):
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options):
     """As pyplot's, but no window is behind it: a run must not end because a screen does."""
-    figure = Figure(figsize=figsize, layout=layout)
+    figure = Figure(figsize=figsize, layout="constrained")
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -127,7 +127,7 @@ def shorten(text: str, length: int = 22) -> str:
 def training_curves(history: list[dict], path: Path) -> None:
     """Loss, PSNR, and accuracy with agreement, over the epochs of history.csv."""
     epochs = [row["epoch"] for row in history]
-    figure, (loss, psnr, share) = subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    figure, (loss, psnr, share) = subplots(1, 3, figsize=(12, 3.4))
     for axes, name, keys in (
         (loss, "loss", ("train_loss", "val_loss")),
         (psnr, "PSNR (dB)", ("train_psnr_db", "val_psnr_db")),
@@ -136,11 +136,8 @@ def training_curves(history: list[dict], path: Path) -> None:
         for key, colour in zip(keys, SERIES, strict=True):
             values = [np.nan if row[key] is None else row[key] for row in history]
             if not np.isnan(values).all():
-                label = (
-                    key.split("_")[1]
-                    if axes is share
-                    else {"train": "training", "val": "validation"}[key.split("_")[0]]
-                )
+                kind, what = key.split("_")[:2]
+                label = what if axes is share else {"train": "training", "val": "validation"}[kind]
                 axes.plot(epochs, values, "o-", ms=3, color=colour, label=label)
         axes.set_xlabel("epoch")
         axes.set_title(name)
@@ -168,7 +165,6 @@ def image_grid(
         len(columns),
         figsize=(1.9 * len(columns), (2.15 + 0.2 * bool(notes) if titles else 1.95) * rows),
         squeeze=False,
-        layout="constrained",
     )
     if notes:
         figure.get_layout_engine().set(h_pad=0.22)  # inches
@@ -191,7 +187,7 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
         return
     cells = [[legible(cell) for cell in row] for row in table_cells(variants)]
     widths = [max(len(row[i]) for row in [HEADINGS, *cells]) + 2 for i in range(len(HEADINGS))]
-    figure, axes = subplots(figsize=(0.085 * sum(widths), 0.3 * (len(cells) + 2)), layout="constrained")
+    figure, axes = subplots(figsize=(0.085 * sum(widths), 0.3 * (len(cells) + 2)))
     axes.set_axis_off()
     table = axes.table(
         cells,
@@ -218,9 +214,7 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
 
 def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path) -> None:
     """What is left of an image at several scales: a row of images per scale, named at its left."""
-    figure, axes = subplots(
-        len(rows), len(headings), figsize=(2.2 * len(headings), 2.2 * len(rows)), squeeze=False, layout="constrained"
-    )
+    figure, axes = subplots(len(rows), len(headings), figsize=(2.2 * len(headings), 2.2 * len(rows)), squeeze=False)
     for r, (name, images) in enumerate(rows):
         for c, image in enumerate(images):
             show_image(axes[r, c], image, headings[c] if r == 0 else "")
@@ -231,7 +225,7 @@ def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path
 def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> None:
     """Images with what they are above and what the classifier says below."""
     rows = -(-len(images) // columns)
-    figure, axes = subplots(rows, columns, figsize=(3.1 * columns, 3.5 * rows), squeeze=False, layout="constrained")
+    figure, axes = subplots(rows, columns, figsize=(3.1 * columns, 3.5 * rows), squeeze=False)
     for place in axes.flat:
         place.set_axis_off()
     for place, (title, image, verdict) in zip(axes.flat, images, strict=False):
@@ -274,7 +268,7 @@ def f1_difference(classes: list[dict], path: Path, ours: str = OURS) -> None:
     shown = [variant for variant in (BASELINE, ours) if variant in f1]
     if ORIGINAL not in f1 or not shown:
         return
-    figure, axes = subplots(figsize=(7, 3.6), layout="constrained")
+    figure, axes = subplots(figsize=(7, 3.6))
     original = f1[ORIGINAL]
     differences = {v: np.array([original[c] - f1[v][c] for c in original]) for v in shown}
     everything = np.concatenate(list(differences.values()))
@@ -300,7 +294,7 @@ def f1_density(classes: list[dict], path: Path, ours: str = OURS) -> None:
     names = list(f1[ORIGINAL])
     x = np.array([f1[ORIGINAL][c] for c in names])
     y = x - np.array([f1[ours][c] for c in names])
-    figure, axes = subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = subplots(figsize=(7, 5))
     if len(names) > FEW:
         density = axes.hexbin(x, y, gridsize=28, mincnt=1, cmap="viridis")
         figure.colorbar(density, label="classes")
@@ -355,7 +349,7 @@ def class_bars(classes: list[dict], path: Path, count: int = 10, ours: str = OUR
         ("furthest below the original", differences(ours, ORIGINAL)),
     )
     shown = min(count, len(mine))
-    figure, places = subplots(1, 3, figsize=(13, 0.36 * shown + 1.6), layout="constrained", sharex=True)
+    figure, places = subplots(1, 3, figsize=(13, 0.36 * shown + 1.6), sharex=True)
     for axes, (title, scores) in zip(places, choices, strict=True):
         ranks, note = ranking(scores, count) if scores else ([], "no class is")
         rows = np.arange(len(ranks))
@@ -383,7 +377,7 @@ def decision_strip(rows: list[dict], path: Path, ours: str = OURS) -> None:
     key = [v for v in (ORIGINAL, ours, BASELINE) if v in variants]
     images = sorted(right, key=lambda i: [-right[i][v] for v in key])
     grid = np.array([[right[i][v] for i in images] for v in variants])
-    figure, axes = subplots(figsize=(10, 0.42 * len(variants) + 1.4), layout="constrained")
+    figure, axes = subplots(figsize=(10, 0.42 * len(variants) + 1.4))
     colours = matplotlib.colors.ListedColormap([BAD, "#9fd3ac"])
     axes.imshow(
         grid,
@@ -408,7 +402,7 @@ def decision_strip(rows: list[dict], path: Path, ours: str = OURS) -> None:
 
 def pipeline_figure(stages: list[tuple[str, Tensor]], scores: list[tuple[str, float]], path: Path) -> None:
     """What happens to one image, stage by stage, and the classifier's five highest probabilities at the end."""
-    figure, places = subplots(1, len(stages) + 1, figsize=(2.7 * (len(stages) + 1), 2.9), layout="constrained")
+    figure, places = subplots(1, len(stages) + 1, figsize=(2.7 * (len(stages) + 1), 2.9))
     for axes, (title, image) in zip(places, stages, strict=False):
         show_image(axes, image, f"{title}\n{image.shape[-1]} x {image.shape[-2]}")
         axes.annotate("→", (1.06, 0.5), xycoords="axes fraction", fontsize=16, ha="center", va="center")
@@ -489,9 +483,7 @@ def degradation(rows: list[dict], path: Path) -> None:
     """
     ways, names = list(dict.fromkeys(row["reduction"] for row in rows)), list(rows[0]["accuracy"])
     several = len({row["scale"] for row in rows}) > 1
-    figure, places = subplots(
-        1, len(ways) if several else 1, figsize=(3 * len(ways), 3.2), layout="constrained", squeeze=False, sharey=True
-    )
+    figure, places = subplots(1, len(ways) if several else 1, figsize=(3 * len(ways), 3.2), squeeze=False, sharey=True)
     palette = dict(zip(names, ("#d1700a", "#b5a642", "#7b3fa0", "#0b6fb8", "#1a7f37", "#c0392b"), strict=False))
     if several:
         for axes, way in zip(places[0], ways, strict=True):

@@ -39,9 +39,7 @@ SYSTEM = re.compile(
     r"|(eh)?thumbs(_vista)?\.db|desktop\.ini|picasa\.ini",
     re.IGNORECASE,
 )
-REPEATS = (
-    1000  # folders that links may lead to again, and ten times as many as there are: links can make paths without end
-)
+REPEATS = 1000  # folders that links may lead to again, and ten times as many as there are: there are links in loops
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 HOW_TO_GET_IMAGENET = (

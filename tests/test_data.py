@@ -19,11 +19,11 @@ from PIL import Image
 from experiment.data import (
     NO_LABEL,
     ImageTree,
+    Loader,
     Transform,
     UnreadableImage,
     batches_until_stopped,
     epoch_batches,
-    make_loader,
     read_image,
 )
 from experiment.parameters import Unbroken
@@ -171,7 +171,7 @@ def test_loader_gives_the_same_batches_for_any_number_of_workers(tmp_path, worke
     (tmp_path / "images" / CLASSES[0] / "0.png").write_bytes(b"broken")
     batches = epoch_batches(12, 5, seed=3, epoch=2, shuffle=True, limit=None)
     seen = []
-    for batch in make_loader(dataset, batches, workers, False):
+    for batch in Loader(dataset, batches, workers, False):
         assert len(batch.images) == len(batch.indices)
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             assert image.equal(dataset[index][1])
@@ -270,7 +270,7 @@ def test_a_stop_signal_is_heard_while_a_batch_is_waited_for(stubborn, workers, n
     with Stopper() as stopper:
         timer = threading.Timer(0.3, os.kill, (os.getpid(), getattr(signal, number)))
         seen = []
-        for batch in batches_until_stopped(make_loader(stubborn, BATCHES, workers, False), stopper):
+        for batch in batches_until_stopped(Loader(stubborn, BATCHES, workers, False), stopper):
             seen.append(batch.indices.tolist())
             if len(seen) == 3:
                 timer.start()
@@ -287,12 +287,12 @@ def test_one_of_several_processes_waits_on(stubborn, monkeypatch):
     monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: time.sleep(1)))
     with Stopper() as stopper:
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        assert len(list(batches_until_stopped(make_loader(stubborn, BATCHES, 1, False), stopper))) == 6
+        assert len(list(batches_until_stopped(Loader(stubborn, BATCHES, 1, False), stopper))) == 6
         assert stopper.code == 143
         monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: time.sleep(1000)))
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         with pytest.raises(KeyboardInterrupt):
-            list(batches_until_stopped(make_loader(stubborn, BATCHES, 1, False), stopper))
+            list(batches_until_stopped(Loader(stubborn, BATCHES, 1, False), stopper))
     assert not multiprocessing.active_children()
 
 
@@ -300,7 +300,7 @@ def test_one_of_several_processes_waits_on(stubborn, monkeypatch):
 def test_a_signal_during_a_step_lets_it_end(stubborn, workers):
     with Stopper() as stopper:
         steps = 0
-        for _ in batches_until_stopped(make_loader(stubborn, BATCHES, workers, False), stopper):
+        for _ in batches_until_stopped(Loader(stubborn, BATCHES, workers, False), stopper):
             os.kill(os.getpid(), signal.SIGTERM)
             steps += 1
     assert steps == 1
@@ -326,7 +326,7 @@ def test_a_lost_connection_stops_a_run_like_a_signal(stubborn):
         try:
             with Stopper() as stopper:
                 os.write(1, b"begun")  # pytest has sys.stdout
-                list(batches_until_stopped(make_loader(stubborn, BATCHES, 2, False), stopper))
+                list(batches_until_stopped(Loader(stubborn, BATCHES, 2, False), stopper))
                 for stream in (Unbroken(os.fdopen(1, "w")), Unbroken(os.fdopen(2, "w"))):
                     stream.write("unheard\n")
                     stream.flush()
@@ -340,7 +340,7 @@ def test_a_lost_connection_stops_a_run_like_a_signal(stubborn):
 
 
 def read_all(dataset: ImageTree, workers: int) -> None:
-    list(make_loader(dataset, BATCHES, workers, False))
+    list(Loader(dataset, BATCHES, workers, False))
 
 
 @pytest.mark.parametrize("number", ["SIGKILL", "SIGBUS", "SIGSEGV"])
@@ -399,9 +399,9 @@ def test_more_workers_than_open_files(tmp_path):
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, limits[1]))
         with pytest.raises(InputError, match=r"64 processes.*Too many open files.*data\.workers.*ulimit -n"):
-            list(make_loader(dataset, [[i] for i in range(90)], 64, False))
+            list(Loader(dataset, [[i] for i in range(90)], 64, False))
         assert not multiprocessing.active_children()
-        assert len(list(make_loader(dataset, [[i] for i in range(90)], 4, False))) == 90
+        assert len(list(Loader(dataset, [[i] for i in range(90)], 4, False))) == 90
         with pytest.raises(OSError, match="Too many open files"):
             while len(held) < 100:
                 held.append(os.open(os.devnull, os.O_RDONLY))
