@@ -144,7 +144,7 @@ def main() -> int:
             announce(parameters, runtime, train_set, val_set, random or reduction)
             if state.epoch == training.epochs:
                 print("This run is finished: a new one starts without --resume")
-            elif state.epoch or state.batch:
+            elif checkpoint is not None:
                 print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
             print(f"Run folder: {folder}")
             if training.save:
