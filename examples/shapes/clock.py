@@ -20,9 +20,9 @@ from models.rrdbnet import RRDBNet
 CLOCK = Path(__file__).parent / "output/clock.json"
 STEPS = {  # what each takes, in training steps of the network as measured here
     "draws the pictures": 45,
-    "trains the classifier": 330,
+    "trains the classifier": 250,
     "trains the generator on pixels": 160,
-    "trains DarioNet": 830,
+    "trains DarioNet": 625,
     "tests all of them": 125,
     "rebuilds one picture, and a photograph": 140,
 }
