@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import signal
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -20,6 +21,10 @@ from models.rrdbnet import RRDBNet
 ROOT = Path(__file__).parent.parent
 CLASSES = ["checks", "discs", "stripes"]
 Result = namedtuple("Result", "code out err")
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and the scripts would leave it so
 
 
 def draw(kind: str, seed: int, side: int = 40) -> Image.Image:

@@ -323,7 +323,6 @@ def test_a_lost_connection_stops_a_run_like_a_signal(stubborn):
     pid, terminal = pty.fork()
     if not pid:
         code = 1
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored where pytest runs under nohup
         try:
             with Stopper() as stopper:
                 os.write(1, b"begun")  # pytest has sys.stdout
