@@ -130,7 +130,8 @@ def start_runtime(precision: str) -> Runtime:
     device = torch.device("cuda" if torch.cuda.is_available() else mps)
     if device.type == "cpu":
         keep_freed_memory()
-        wait_without_spinning()
+        if torch.get_num_threads() > 1 and processors_in_use() > 0.3:
+            wait_without_spinning()
     rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if precision == "auto":
         if device.type == "cuda":
@@ -181,13 +182,28 @@ def keep_freed_memory() -> None:
         mallopt(-2, 2**26)  # M_TOP_PAD: grow in steps of 64 MiB
 
 
+def processors_in_use(seconds: float = 0.2) -> float:
+    """How many processors other programs keep busy, looked at for some time; 0 where the system does not say."""
+
+    def idle() -> float:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")  # seconds, of all processors
+
+    try:
+        before, begun = idle(), time.monotonic()
+        time.sleep(seconds)
+        return max(0.0, os.cpu_count() - (idle() - before) / (time.monotonic() - begun))
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
 @functools.cache
 def wait_without_spinning() -> None:
     """Has torch's threads sleep while they wait for each other: spinning, they keep the processor from those at work.
 
-    Beside another program that made training on two cores three times slower. GNU's OpenMP spins for no more than some
-    microseconds once it has more threads than there are processors: a second team, which stays idle, makes them more.
-    Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
+    Beside other programs spinning made training on two cores three times slower; alone it is faster. GNU's OpenMP
+    spins for no more than some microseconds once it has more threads than there are processors: a second team, which
+    stays idle, makes them more. Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
     """
     threads = torch.get_num_threads()
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
@@ -76,8 +77,8 @@ def waiting():
     return time.process_time() - before
 
 print(waiting())
-from experiment.runtime import start_runtime
-start_runtime("float32")
+from experiment.runtime import wait_without_spinning
+wait_without_spinning()
 print(waiting())
 """
 
@@ -89,3 +90,18 @@ def test_threads_that_wait_leave_the_processor_to_others():
     out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     spinning, sleeping = map(float, out.split())
     assert sleeping < spinning / 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_other_programs_are_seen(monkeypatch):
+    from experiment.runtime import processors_in_use
+
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+        assert processors_in_use(0.5) > 0.3
+    finally:
+        busy.kill()
+        busy.wait()
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *arguments, **options: "cpu")
+    assert processors_in_use(0.01) == 0

@@ -22,7 +22,7 @@ STEPS = {  # what each takes, in training steps of the network as measured here
     "draws the pictures": 45,
     "trains the classifier": 250,
     "trains the generator on pixels": 160,
-    "trains DarioNet": 625,
+    "trains DarioNet": 830,
     "tests all of them": 125,
     "rebuilds one picture, and a photograph": 140,
 }
