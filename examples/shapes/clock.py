@@ -20,7 +20,7 @@ from models.rrdbnet import RRDBNet
 CLOCK = Path(__file__).parent / "output/clock.json"
 STEPS = {  # what each takes, in training steps of the network as measured here
     "draws the pictures": 45,
-    "trains the classifier": 250,
+    "trains the classifier": 330,
     "trains the generator on pixels": 160,
     "trains DarioNet": 830,
     "tests all of them": 125,
