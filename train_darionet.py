@@ -101,8 +101,8 @@ def main() -> int:
         random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
         targets = val_set.targets(teachers[0].class_names)
-        made_for = (runtime.device, runtime.memory_format)
-        network = build_darionet(d.features, d.blocks, d.growth, d.initial_weights, *made_for)
+        size = (d.features, d.blocks, d.growth)
+        network = build_darionet(*size, d.initial_weights, runtime.device, runtime.memory_format)
         network.recompute = training.recompute
         average = None
         if training.ema_decay is not None:

@@ -276,7 +276,7 @@ def test_a_stop_signal_is_heard_while_a_batch_is_waited_for(stubborn, workers, n
                 timer.start()
         timer.join()
         assert stopper.code == code
-    assert seen == BATCHES[:3] and time.monotonic() - began < 20
+    assert seen == BATCHES[:3] and time.monotonic() - began < 10
     assert not multiprocessing.active_children()
     assert f"{number}: stopping" in capfd.readouterr().err
 
