@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.transforms.v2 import functional as vision
@@ -87,6 +87,9 @@ def main() -> int:
         options = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
         options |= quick(name) | {"aux_logits": False} if quick(name) else {}
         network = get_model(name, weights=None, num_classes=len(class_names), **options)
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.momentum = 0.1  # torch's default; some networks' 0.01 or less takes thousands of steps
         frozen = FrozenClassifier(copy.deepcopy(network), class_names)
         for key in ("train_crop_size", "val_crop_size"):
             frozen.require(getattr(t, key), f"transformations.{key}")

@@ -19,12 +19,12 @@ from models.rrdbnet import RRDBNet
 
 CLOCK = Path(__file__).parent / "output/clock.json"
 STEPS = {  # what each takes, in training steps of the network as measured here
-    "draws the pictures": 45,
-    "trains the classifier": 330,
-    "trains the generator on pixels": 160,
-    "trains DarioNet": 830,
-    "tests all of them": 125,
-    "rebuilds one picture, and a photograph": 140,
+    "draws the pictures": 30,
+    "trains the classifier": 100,
+    "trains the generator on pixels": 150,
+    "trains DarioNet": 430,
+    "tests all of them": 75,
+    "rebuilds one picture, and a photograph": 110,
 }
 
 
