@@ -17,7 +17,7 @@ demo: .venv/installed
 	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
 	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
 	@python $(SHAPES)/clock.py 2
-	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --label-smoothing 0.1
+	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --learning-rate 0.2 --label-smoothing 0.1
 	@python $(SHAPES)/clock.py 3
 	python train_darionet.py --parameters $(SHAPES)/pixels.json
 	@python $(SHAPES)/clock.py 4

@@ -25,6 +25,7 @@ from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.images import to_image
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.published import published_file
 from models.rrdbnet import RRDBNet
 from models.scaler import INTERPOLATIONS, Reduction
 
@@ -66,14 +67,15 @@ def make_pipelines(
 
 
 def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
-    """What enlarges the small images that an adapted classifier reads: an interpolation, or an upscaler's weights.
+    """What enlarges the small images that an adapted classifier reads: an interpolation, or an upscaler's weights,
+    a file or a name that models/published.py knows.
 
     Raises:
-        InputError: `how` is neither an interpolation nor the weights file of an RRDBNet x4.
+        InputError: `how` is neither an interpolation nor the weights of an RRDBNet x4.
     """
     if how in INTERPOLATIONS:
         return Enlarge(how)
-    return Upscale(load_rrdbnet(how, device).eval(), reduction.interpolation, reduction.antialias)
+    return Upscale(load_rrdbnet(published_file(how), device).eval(), reduction.interpolation, reduction.antialias)
 
 
 @torch.no_grad()
