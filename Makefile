@@ -1,4 +1,4 @@
-# make demo   the whole program on drawn pictures, offline after installation, in 8 to 13 minutes on two cores
+# make demo   the whole program on drawn pictures, offline after installation, in about 8 minutes on two cores
 # make photographs   what the network that comes with the project makes of 200 free photographs
 # make test   the checks
 # make soak   the long checks of RELIABILITY.md, about half an hour on two cores
@@ -17,7 +17,8 @@ demo: .venv/installed
 	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
 	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
 	@python $(SHAPES)/clock.py 2
-	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --learning-rate 0.2 --label-smoothing 0.1
+	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --learning-rate 0.2 \
+		--label-smoothing 0.1
 	@python $(SHAPES)/clock.py 3
 	python train_darionet.py --parameters $(SHAPES)/pixels.json
 	@python $(SHAPES)/clock.py 4

@@ -66,7 +66,9 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--output", metavar="FILE", help="the adapted classifier's weights")
     parser.add_argument(
-        "--enlarge", metavar="HOW", help="bilinear (the default), bicubic, nearest, or the weights of an upscaler, as darionet.initial_weights"
+        "--enlarge",
+        metavar="HOW",
+        help="bilinear (the default), bicubic, nearest, or an upscaler: a file, or a name as darionet.initial_weights",
     )
     parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a stopped run")
     arguments = parser.parse_args()

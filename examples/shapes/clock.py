@@ -19,12 +19,12 @@ from models.rrdbnet import RRDBNet
 
 CLOCK = Path(__file__).parent / "output/clock.json"
 STEPS = {  # what each takes, in training steps of the network as measured here
-    "draws the pictures": 30,
-    "trains the classifier": 100,
-    "trains the generator on pixels": 150,
-    "trains DarioNet": 430,
-    "tests all of them": 75,
-    "rebuilds one picture, and a photograph": 110,
+    "draws the pictures": 50,
+    "trains the classifier": 145,
+    "trains the generator on pixels": 172,
+    "trains DarioNet": 515,
+    "tests all of them": 90,
+    "rebuilds one picture, and a photograph": 115,
 }
 
 
