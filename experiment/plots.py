@@ -115,7 +115,7 @@ def show_image(axes: Axes, image: Tensor, title: str = "", colour: str = PLAIN, 
     """Draws a (3,H,W) image in [0,1], its pixels as squares unless `nearest` is False."""
     pixels = image.detach().float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()
     axes.imshow(pixels, interpolation="nearest" if nearest else None)
-    axes.set_title(legible(title), color=colour, fontsize=8)
+    axes.set_title(legible(title), color=colour, fontsize=8, y=1)  # without y every draw looks for a free place, slowly
     axes.set_axis_off()
 
 

@@ -7,6 +7,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -66,6 +67,7 @@ def load_script(name: str):
 @pytest.fixture
 def start(monkeypatch, capfd):
     """Calls start("train_darionet", "--set", ...) -> Result(code, out, err), in this process to save the imports."""
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 50)  # half the time of a figure
 
     def call(script: str, *arguments) -> Result:
         module = load_script(script)

@@ -83,7 +83,9 @@ print(waiting())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.cpu_count() < 2, reason="a setting of GNU's OpenMP, for two cores")
+@pytest.mark.skipif(
+    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="a setting of GNU's OpenMP, for two cores"
+)
 def test_threads_that_wait_leave_the_processor_to_others():
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", WAITING]
