@@ -106,7 +106,9 @@ def process(blocks: int) -> int:
     batches = list(torch.randint(0, 256, (1, images, 3, 256, 256), dtype=torch.uint8, generator=generator))
     classifier = frozen(random_classifier())
     classifier.to(runtime.device, memory_format=torch.channels_last)
-    ours = Ours(prepare(random_network(64, blocks, 32), runtime.device), classifier, batches, runtime)
+    ours = Ours(
+        prepare(random_network(64, blocks, 32), runtime.device, runtime.memory_format), classifier, batches, runtime
+    )
     gradients = torch.zeros(sum(p.numel() for p in ours.network.parameters()), device=runtime.device)
 
     def seconds(call) -> float:

@@ -233,10 +233,11 @@ def measure(size: tuple[int, int, int], batch: int, arguments, runtime: Runtime,
     started = time.perf_counter()
     classifier = frozen(random_classifier())
     classifier.to(device, memory_format=torch.channels_last)
-    network = prepare(random_network(*size), device)
+    network = prepare(random_network(*size), device, runtime.memory_format)  # as train_darionet.py has it
     network.recompute = arguments.recompute
     plain = Plain(network, classifier, batches, runtime)
     ours = Ours(network, classifier, batches, runtime)
+    tested = Ours(prepare(copy.deepcopy(network), device), classifier, batches, runtime)  # as test.py has it
     built = time.perf_counter() - started
 
     found: dict[str, float] = {"build_seconds": built}
@@ -253,7 +254,7 @@ def measure(size: tuple[int, int, int], batch: int, arguments, runtime: Runtime,
     )
     for what, variants in (
         ("train", {"ours": ours.train, "plain": plain.train}),
-        ("evaluate", {"ours": ours.evaluate, "plain": plain.evaluate}),
+        ("evaluate", {"ours": tested.evaluate, "plain": plain.evaluate}),
     ):
         repeats, rates = {}, {name: [] for name in variants}
         for name, call in variants.items():
