@@ -11,9 +11,11 @@
 #     STRANGER             arguments of test.py for a classifier that no network met
 #     SETTINGS             further settings for every training, such as training.epochs=10
 set -euo pipefail
-train=$(realpath "${1:?usage: examples/photographs/experiment.sh TRAIN VAL TEST}")
-val=$(realpath "${2:?a folder of photographs for the validation}")
-test=$(realpath "${3:?a folder of labelled photographs, one folder a class}")
+usage="usage: examples/photographs/experiment.sh TRAIN VAL TEST"
+for folder in "${1:?$usage}" "${2:?$usage}" "${3:?$usage}"; do  # now, and not after the trainings
+    if [ ! -d "$folder" ]; then echo "experiment.sh: $folder: no such folder" >&2; exit 2; fi
+done
+train=$(realpath "$1") val=$(realpath "$2") test=$(realpath "$3")
 cd "$(dirname "$0")/../.."
 : "${START:=RealESRGAN_x4plus}" "${SMALL_START:=RealESRGAN_x4plus_anime_6B}" "${STRANGER:=--classifier resnet50}"
 out=examples/photographs/output
