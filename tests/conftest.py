@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
+from experiment import plots
 from experiment.parameters import run_script
 from models.classifier import save_classifier
 from models.darionet import write_note
@@ -78,6 +79,17 @@ def start(monkeypatch, capfd):
         return Result(stop.value.code, *capfd.readouterr())
 
     return call
+
+
+FIGURES = ("class_bars", "decision_strip", "degradation", "f1_density", "f1_difference", "image_grid", "panels")
+FIGURES += ("pipeline_figure", "report", "results_table", "scales", "training_curves")
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """For tests of numbers alone: figures are half the time of a small run."""
+    for name in FIGURES:
+        monkeypatch.setattr(plots, name, lambda *arguments, **options: None)
 
 
 def write_parameters(path: Path, **sections) -> Path:

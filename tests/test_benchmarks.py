@@ -56,6 +56,7 @@ def test_folders(monkeypatch, capfd):
     assert found["mixed / alone"] == pytest.approx(found["mixed"] / found["mixed, alone"]) and found["mixed"] > 0
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_time_to_result(trained, monkeypatch, capfd, start):
     """Two recipes that differ in their loss, each stopped and resumed; the scores are test.py's."""
     monkeypatch.setattr(time_to_result, "TURNS", 2)

@@ -348,6 +348,7 @@ def test_processes_that_write_one_file_do_not_share_a_temporary_one(tmp_path):
     assert len(names) == 2 and files.PROCESS in names.pop()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_goes_on_from_the_one_before(start, experiment):
     """The script: said in one line, and the run ends as it would have."""
     whole = Path(start("train_darionet").out.splitlines()[-1])
@@ -428,6 +429,7 @@ def test_a_file_in_the_run_names_the_run(saved):
     assert run_folder_of(saved / PREVIOUS) == saved
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_script_takes_a_file_of_the_run_and_says_that_it_is_finished(start, experiment):
     run = Path(start("train_darionet", "--set", "training.epochs=1").out.splitlines()[-1])
     before = (run / FILE).read_bytes()

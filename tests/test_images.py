@@ -325,6 +325,7 @@ def test_the_samplers_copy_every_file_as_it_is(start, experiment, how):
         assert sum(left_out) == 3
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_training_skips_and_lists_them(start, experiment):
     read, others = write_corpus(experiment / "train" / CLASSES[0])
     options = ("--set", "training.epochs=1", "--set", "training.batch_size=32", "--set", "data.workers=2")
@@ -337,6 +338,7 @@ def test_training_skips_and_lists_them(start, experiment):
         assert next(csv.DictReader(file))["unreadable"] == str(len(others))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_evaluation_replaces_none(start, trained):
     read, others = write_corpus(trained / "test" / CLASSES[0])
     result = start("test", "--set", "test.batch_size=32")

@@ -91,6 +91,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("place", PLACES)
+@pytest.mark.usefixtures("no_figures")
 def test_weights(start, trained, place):
     draw("discs", 1).save("a.png")
     for contents in files():

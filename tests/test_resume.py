@@ -8,9 +8,10 @@ import torch
 from conftest import one_line
 from test_scripts import checkpoint, last_line, same_state, stop_after
 
-from experiment import plots
 from experiment.data import epoch_batches
 from experiment.runtime import Runtime
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 # Calls of to_float: an epoch has three steps, then two batches of validation; the stop comes in the call after `calls`.
 FIRST, MIDDLE, END, VALIDATION, LAST_EPOCH, LAST_STEP, LAST_VALIDATION = 0, 1, 2, 4, 5, 7, 9
@@ -19,8 +20,6 @@ STOPS += [(FIRST, 1), (MIDDLE, 4), (END, 1), (LAST_STEP, 4)]
 
 
 def test_every_stop_point_and_number_of_workers(start, experiment, monkeypatch):
-    for name in ("image_grid", "training_curves"):
-        monkeypatch.setattr(plots, name, lambda *arguments, **options: None)
     whole = checkpoint(last_line(start("train_darionet")))
     for calls, workers in STOPS:
         with monkeypatch.context() as patch:

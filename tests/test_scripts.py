@@ -87,6 +87,7 @@ def stop_after(monkeypatch, steps: int, number: int) -> None:
     [(0, signal.SIGINT, 130, 0), (2, signal.SIGTERM, 143, 1), (4, signal.SIGTERM, 143, 0), (6, signal.SIGINT, 130, 0)],
     ids=["first step", "mid-epoch", "validation", "last epoch"],
 )
+@pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, steps, number, code, workers):
     whole = last_line(start("train_darionet"))  # 2 epochs of 3 steps, 2 batches of validation each
     with monkeypatch.context() as patch:
@@ -101,6 +102,7 @@ def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, 
     assert same_state(checkpoint(folder), checkpoint(whole) | {"resolved": checkpoint(folder)["resolved"]})
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resuming_with_other_images_or_another_classifier_is_refused(start, experiment):
     start("train_darionet", "--set", "training.epochs=1")
     draw("discs", 99).save(experiment / "val" / "discs" / "new.png")
@@ -111,6 +113,7 @@ def test_resuming_with_other_images_or_another_classifier_is_refused(start, expe
     one_line(start("train_darionet", "--resume"), "classifier_weights")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resuming_with_other_parameters_is_refused_by_name(start, experiment):
     start("train_darionet", "--set", "training.epochs=1")
     folder = sorted(Path("assets/logs").iterdir())[-1]
@@ -170,6 +173,7 @@ def test_pixels_then_logits_then_test(start, experiment):
     one_line(start("test", "--redraw", "nowhere"), "nowhere: not the folder of a finished evaluation")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_subset_of_the_classes_scores_the_same(start, trained):
     whole = read_csv(last_line(start("test")) / "predictions.csv")
     draw_folder(trained / "part", 3, [CLASSES[2]])
@@ -187,6 +191,7 @@ def test_a_subset_of_the_classes_scores_the_same(start, trained):
         assert float(row["cross_entropy"]) == pytest.approx(float(expected[key(row)]["cross_entropy"]), abs=1e-4)
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_limited_batches_and_epochs_of_the_test(start, trained):
     limited = ["--set", "test.batches_per_epoch=1"]
     rows = read_csv(last_line(start("test", *limited)) / "predictions.csv")
@@ -232,6 +237,7 @@ def test_training_needs_images_only(start, experiment):
     one_line(start("test", "--set", "data.test=held out", "--set", "darionet.weights=DarioNet.pt"), "without labels")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_any_frozen_classifier_and_transfer(start, experiment):
     """The README's recipe: unlabelled photographs and a state dict of the user's own, then another classifier."""
     photographs = experiment / "photographs"
@@ -282,6 +288,7 @@ def test_try_one_image(start, trained):
         assert f"{p['label']} ({p['probability']:.1%})" in result.out
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
     write_note("DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True})
     draw("checks", 5).save("a.png")
@@ -329,6 +336,7 @@ def test_without_weights_it_says_how_to_get_them(start, experiment):
     one_line(start("test", "--weights", "other.pt"), "other.pt: no such weights file")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_folders_and_weights_that_do_not_fit(start, trained):
     for script, key in (("train_darionet", "data.train"), ("train_darionet", "data.val"), ("test", "data.test")):
         one_line(start(script, "--set", f"{key}=nowhere"), "nowhere: no such folder", "make demo")
@@ -373,6 +381,7 @@ def test_weights_that_could_not_be_written_are_refused_before_training(start, ex
         one_line(start("train_darionet", *same), f"the same file as {key}")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_classifier_that_cannot_read_small_images(start, trained):
     """Some architectures refuse a size: the row is left out, or one line says which parameter to change."""
     torch.manual_seed(0)
@@ -389,6 +398,7 @@ def test_a_classifier_that_cannot_read_small_images(start, trained):
         one_line(start(*call, *own, *small), "can't read images of 3x3 pixels", "transformations.val_crop_size")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_run_whose_validation_was_never_finite_says_so(start, experiment, monkeypatch):
     from experiment import distillation
 
@@ -435,6 +445,7 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
     assert len(read_csv(last_line(result) / "predictions.csv")) == 3
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
     write_note("DarioNet.pt", {"scale": 0.32})
     for side, said in ((10, False), (20, True)):
@@ -702,6 +713,7 @@ def test_figures_of_a_test_folder_that_went_away(start, trained, monkeypatch):
     assert not (folder / "triptychs.png").exists()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_scores_that_overflow_make_no_row(start, trained):
     state = torch.load("DarioNet.pt", weights_only=True)
     for key in ("HRconv.weight", "conv_last.weight"):
@@ -716,6 +728,7 @@ def test_scores_that_overflow_make_no_row(start, trained):
     assert not list(Path("assets/logs").glob("*/results.json"))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_rows_are_named_for_what_they_are(start, trained):
     """Plain ESRGAN alone, and two DarioNets under their files' names."""
     torch.manual_seed(3)
@@ -771,6 +784,7 @@ def test_without_weights_of_ones_own_the_shipped_network_is_taken(start, trained
 
 
 @pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.usefixtures("no_figures")
 def test_training_for_tensorboard(start, experiment, monkeypatch, installed):
     arguments = ("train_darionet", "--set", "training.tensorboard=true", "--set", "training.epochs=1")
     if not installed:

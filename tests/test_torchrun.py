@@ -38,6 +38,7 @@ def test_gradient_is_that_of_one_process_with_both_parts(experiment):
         assert (found - expected).norm() / expected.norm() < 1e-12
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_training_and_test_of_two_processes(start, experiment):
     (experiment / "train" / CLASSES[0] / "1.png").write_bytes(b"broken")
     (experiment / "test" / CLASSES[0] / "1.png").write_bytes(b"broken")
