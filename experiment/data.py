@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as vision
@@ -59,6 +59,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
                 return to_rgb(turn_upright(image), tags)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError:
+        reason = f"cannot identify image file; what is read: {', '.join(FORMATS)}"
     except OSError as error:
         if error.errno in TOO_MANY_FILES:  # the machine's fault, not the image's
             raise over_the_limit("an image can't be opened", error) from None

@@ -325,7 +325,7 @@ def test_try_what_is_no_image(start, trained):
     one_line(start("try_darionet", "absent.png"), "absent.png: no such image")
     one_line(start("try_darionet", "--export", "a.onnx", "--save", "out"), "--save OUT goes with an image")
     Path("text.jpg").write_text("hello")
-    one_line(start("try_darionet", "text.jpg"), "text.jpg", "cannot identify")
+    one_line(start("try_darionet", "text.jpg"), "text.jpg", "cannot identify", "JPEG, PNG")
     one_line(start("try_darionet", "test"), "test: a folder", "--small")
 
 
