@@ -14,7 +14,6 @@ place of its kinks; and for a generator, that has few values near them, as the b
 
 import copy
 import sys
-from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -175,13 +174,11 @@ def classifier_errors(
     return error(results[0][0], results[1][0]), worst(results[0][1], results[1][1])
 
 
-def classifier_checks(
-    architecture: str, device: str = "cpu", seeds: Sequence[int] = SEEDS
-) -> list[tuple[str, float, float]]:
+def classifier_checks(architecture: str, device: str = "cpu") -> list[tuple[str, float, float]]:
     """(what, error, bound) of a folded classifier, on several seeds; in float32 what kinks can't spoil."""
     double, single = torch.float64, torch.float32
     checks = []
-    for seed in seeds:
+    for seed in SEEDS:
         for fuse in (False, True):
             name = f"folded {'and fused ' if fuse else ''}{architecture} in float64, seed {seed}"
             logits, gradient = classifier_errors(architecture, double, device, seed=seed, fuse=fuse)

@@ -87,7 +87,7 @@ FIGURES += ("pipeline_figure", "report", "results_table", "scales", "training_cu
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    """For tests of numbers alone: figures are half the time of a small run."""
+    """For tests whose numbers are ordinary: figures are half the time of a small run."""
     for name in FIGURES:
         monkeypatch.setattr(plots, name, lambda *arguments, **options: None)
 

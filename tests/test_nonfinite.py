@@ -35,7 +35,6 @@ def history(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("factor", BAD)
-@pytest.mark.usefixtures("no_figures")
 def test_bad_steps_change_no_weight_and_are_counted(start, experiment, monkeypatch, factor):
     spoil(monkeypatch, {0, 1, 2}, factor)
     result = start("train_darionet", "--set", "training.epochs=1")
@@ -48,7 +47,6 @@ def test_bad_steps_change_no_weight_and_are_counted(start, experiment, monkeypat
     assert history(folder)[0]["skipped_steps"] == "3"
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_one_bad_step_among_good_ones(start, experiment, monkeypatch):
     spoil(monkeypatch, {1}, math.nan)
     result = start("train_darionet")
@@ -57,7 +55,6 @@ def test_one_bad_step_among_good_ones(start, experiment, monkeypatch):
     assert all(torch.isfinite(tensor).all() for tensor in load_checkpoint(folder)["network"].values())
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_ten_in_a_row_stop_the_run_and_the_checkpoint_stands(start, experiment, monkeypatch):
     """Three steps an epoch: one good epoch, three bad ones, and the tenth bad step begins the fifth."""
     options = ("--set", "training.epochs=6")

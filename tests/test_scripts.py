@@ -381,7 +381,6 @@ def test_weights_that_could_not_be_written_are_refused_before_training(start, ex
         one_line(start("train_darionet", *same), f"the same file as {key}")
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_classifier_that_cannot_read_small_images(start, trained):
     """Some architectures refuse a size: the row is left out, or one line says which parameter to change."""
     torch.manual_seed(0)
@@ -398,7 +397,6 @@ def test_a_classifier_that_cannot_read_small_images(start, trained):
         one_line(start(*call, *own, *small), "can't read images of 3x3 pixels", "transformations.val_crop_size")
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_a_run_whose_validation_was_never_finite_says_so(start, experiment, monkeypatch):
     from experiment import distillation
 
@@ -445,7 +443,6 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
     assert len(read_csv(last_line(result) / "predictions.csv")) == 3
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
     write_note("DarioNet.pt", {"scale": 0.32})
     for side, said in ((10, False), (20, True)):
@@ -713,7 +710,6 @@ def test_figures_of_a_test_folder_that_went_away(start, trained, monkeypatch):
     assert not (folder / "triptychs.png").exists()
 
 
-@pytest.mark.usefixtures("no_figures")
 def test_scores_that_overflow_make_no_row(start, trained):
     state = torch.load("DarioNet.pt", weights_only=True)
     for key in ("HRconv.weight", "conv_last.weight"):
