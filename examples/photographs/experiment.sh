@@ -11,8 +11,8 @@
 #     STRANGER             arguments of test.py for a classifier that no network met
 #     SETTINGS             further settings for every training, such as training.epochs=10
 set -euo pipefail
-usage="usage: examples/photographs/experiment.sh TRAIN VAL TEST"
-for folder in "${1:?$usage}" "${2:?$usage}" "${3:?$usage}"; do  # now, and not after the trainings
+if [ $# -ne 3 ]; then echo "usage: examples/photographs/experiment.sh TRAIN VAL TEST" >&2; exit 2; fi
+for folder in "$@"; do  # now, and not after the trainings
     if [ ! -d "$folder" ]; then echo "experiment.sh: $folder: no such folder" >&2; exit 2; fi
 done
 train=$(realpath "$1") val=$(realpath "$2") test=$(realpath "$3")
