@@ -18,13 +18,12 @@ from models.pipeline import Upscale
 from models.published import URLS, published_file
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import generator_size, load_generator, load_strictly, metadata_of, say, sha256_of
+from models.weights import SHIPPED, generator_size, load_generator, load_strictly, metadata_of, say, sha256_of
 
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
 
 OTHER_ROWS = ("original", "small", "bilinear", "bicubic")  # of the results, in lower case
-SHIPPED = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
 
 
 class DarioNet:

@@ -21,6 +21,7 @@ from torch import Tensor
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 
+SHIPPED = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
 # SHA-256, or its beginning, of files that their owners publish under these names: mirrors have served others.
 PUBLISHED = {
     "RRDB_PSNR_x4.pth": "f372b59f22929e1bc83fa58d78215c96f976de3b2eaeee736da1b348913da6cc",
@@ -354,6 +355,8 @@ def load_strictly(module: torch.nn.Module, weights: dict[str, Tensor], path: str
 
 def refuse_unwritable_weights(path: str | Path, key: str) -> None:
     """Raises InputError where `save_file` can't write to `path`, the value of the parameter `key`, now."""
+    if os.path.realpath(path) == os.path.realpath(SHIPPED):
+        raise InputError(f"{path} comes with the project and is not written over: change {key}")
     if Path(path).suffix == ".safetensors":
         raise InputError(f"{path}: weights are written as torch does: change {key} to .pt, and --export it later")
     refuse_unwritable(path, key)

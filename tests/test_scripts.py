@@ -376,6 +376,8 @@ def test_weights_that_could_not_be_written_are_refused_before_training(start, ex
         one_line(result, path[:100], "change darionet.weights")
     other = ("--set", "darionet.weights=DarioNet.safetensors")
     one_line(start("train_darionet", *other), "DarioNet.safetensors: weights are written as torch does")
+    shipped = ("--set", f"darionet.weights={ROOT / 'assets/models/DarioNet_photographs.pt'}")
+    one_line(start("train_darionet", *shipped), "comes with the project", "change darionet.weights")
     for key in ("darionet.initial_weights", "classifier.weights"):
         same = ("--set", f"{key}=a.pt", "--set", "darionet.weights=./a.pt")
         one_line(start("train_darionet", *same), f"the same file as {key}")
