@@ -112,6 +112,17 @@ def draw_all(folder, names: list[str], ours: str = "DarioNet") -> None:
     plots.report(names[0], "\n".join(names), {"data": {"test": names[0]}}, drawn, folder / "report.pdf")
 
 
+def test_the_line_under_the_last_row_is_whole(tmp_path):
+    notes = ["Photograph: somebody with quite a long name, CC BY 2.0, example.org/a/page/with/a/long/address"] * 2
+    few = {"a": [torch.full((3, 8, 8), 0.9)] * 2, "b": [torch.full((3, 8, 8), 0.9)] * 2}
+    plots.image_grid(few, [[("x", "red")] * 2] * 2, tmp_path / "a.png", notes)
+    ink = np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 128
+    rows = np.flatnonzero(ink.any(axis=1))
+    assert len(ink) - rows[-1] > 10 and not ink[:, -5:].any()  # a margin below the letters and beside them
+    assert ink[rows[-1] - 25 : rows[-1] + 1, :400].sum() > 500
+
+
+
 AWKWARD = [
     "$10_to_$20",
     "a$b$c",
