@@ -122,7 +122,6 @@ def test_the_line_under_the_last_row_is_whole(tmp_path):
     assert ink[rows[-1] - 25 : rows[-1] + 1, :400].sum() > 500
 
 
-
 AWKWARD = [
     "$10_to_$20",
     "a$b$c",
