@@ -18,7 +18,7 @@ def test_the_clock_learns_from_the_steps(start, monkeypatch, tmp_path):
 
     now = [1000.0]
     monkeypatch.setattr(clock, "CLOCK", tmp_path / "output" / "clock.json")
-    monkeypatch.setattr(clock, "STEPS", {"a": 100, "b": 1200, "c": 1800, "d": 600})
+    monkeypatch.setattr(clock, "STEPS", {"a": (100, 0), "b": (1150, 5), "c": (1800, 0), "d": (500, 10)})
     monkeypatch.setattr(clock, "seconds_of_a_step", lambda runtime: 0.1)
     monkeypatch.setattr(time, "time", lambda: now[0])
     said = []

@@ -629,8 +629,10 @@ def test_a_rival_from_training_to_the_table(adapt, start, trained):
 
 
 def test_what_is_not_reduced_has_nothing_to_adapt_to(adapt):
-    """At scale 1 the copy sees the original image: the loss is 0 and the weights stay."""
-    result = adapt("--output", "adapted.pth", "--set", "transformations.scale=1", "--set", "training.epochs=1")
+    """At scale 1 the copy sees the original image: the loss is 0 and the weights stay. In float32: oneDNN's bf16
+    convolutions may round otherwise where gradients are asked for, and Adam makes whole steps of a rounding."""
+    options = ("--set", "transformations.scale=1", "--set", "training.epochs=1", "--set", "training.precision=float32")
+    result = adapt("--output", "adapted.pth", *options)
     assert result.code == 0, result.err
     row = read_csv(last_line(result) / "history.csv")[0]
     assert (float(row["train_loss"]), float(row["val_loss"]), float(row["val_agreement"])) == (0, 0, 1)
