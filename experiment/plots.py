@@ -168,23 +168,19 @@ def image_grid(
     )
     if notes:
         figure.get_layout_engine().set(h_pad=0.22)  # inches
-    lines = []
     for c, (name, images) in enumerate(columns.items()):
         for r, image in enumerate(images):
             text, colour = titles[r][c] if titles else ("", PLAIN)
             show_image(axes[r, c], image, shorten(text), colour)
-            if notes and c == 0:
-                at = {"xycoords": "axes fraction", "va": "top", "fontsize": 7, "color": PLAIN}
-                lines.append(axes[r, 0].annotate(legible(notes[r]), (0, -0.02), **at))
-                lines[-1].set_in_layout(False)
         place = (0.5, 1.16 if titles else 1.04)
         style = {"ha": "center", "fontsize": 10, "fontweight": "bold"}
         axes[0, c].annotate(legible(name), place, xycoords="axes fraction", **style)
-    if lines:  # longer than an image is wide: placed without a say in the layout, yet within the page
+    if notes:  # longer than an image is wide: they come after the layout, which would make room for them
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
-        for line in lines:
-            line.set_in_layout(True)
+        at = {"xycoords": "axes fraction", "va": "top", "fontsize": 7, "color": PLAIN}
+        for first, note in zip(axes[:, 0], notes, strict=True):
+            first.annotate(legible(note), (0, -0.02), **at)
     save(figure, path)
 
 
