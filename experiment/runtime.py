@@ -205,14 +205,16 @@ def wait_without_spinning() -> None:
     spins for no more than some microseconds once it has more threads than there are processors: a second team, which
     stays idle, makes them more. Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
     """
-    threads = torch.get_num_threads()
+    threads, formed = torch.get_num_threads(), threading.Event()
 
     def second_team() -> None:
         torch.ones(threads * 2**16).exp_()  # large enough to be shared by all threads
+        formed.set()
         threading.Event().wait()
 
     if threads > 1 and sys.platform == "linux":
         threading.Thread(target=second_team, daemon=True).start()
+        formed.wait()  # a script that ends while its thread is within torch is aborted
 
 
 def cpu_has_bf16() -> bool:

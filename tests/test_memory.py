@@ -94,6 +94,16 @@ def test_threads_that_wait_leave_the_processor_to_others():
     assert sleeping < spinning / 2
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is for Linux alone")
+def test_a_script_that_ends_at_once_ends_with_its_own_code():
+    """As one does that is given a folder that isn't there: not in an abort, since a thread was still within torch."""
+    code = "import sys, experiment.runtime; experiment.runtime.wait_without_spinning(); sys.exit(2)"
+    environment = os.environ | {"OMP_NUM_THREADS": "2"}
+    for _ in range(2):
+        ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert (ended.returncode, ended.stderr) == (2, "")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_other_programs_are_seen(monkeypatch):
     from experiment.runtime import processors_in_use
