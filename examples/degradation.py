@@ -6,8 +6,8 @@
 
 The test images are reduced in five ways: plain bilinear (as published), antialiased bilinear, antialiased bicubic, and
 plain bilinear stored as JPEG of quality 75 and 40. Every network rebuilds all of them, and so do bilinear and bicubic
-enlarging. The table has accuracies and, in brackets, the fraction recovered of what bilinear loses on the same small
-images; table, numbers and figure go to assets/logs/degradation_<stamp>/.
+enlarging. The table has accuracies and the fraction recovered of what bilinear loses on the same small images, with
+its 95 % interval; table, numbers and figure go to assets/logs/degradation_<stamp>/.
 """
 
 import sys
@@ -16,12 +16,21 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from experiment import plots
 from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
-from experiment.metrics import BASELINE, require_finite, write_json
+from experiment.metrics import (
+    BASELINE,
+    ORIGINAL,
+    bootstrap,
+    interval,
+    recovered_fraction,
+    require_finite,
+    write_json,
+)
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from models.classifier import open_classifier
@@ -69,8 +78,8 @@ def main() -> int:
     limit = options.batches_per_epoch
     batches = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
 
-    right = {key: dict.fromkeys(restores, 0) for key in reductions}
-    original = count = unreadable = 0
+    right = {key: {name: [] for name in restores} for key in reductions}  # 1 for every image read correctly, else 0
+    original, unreadable = [], 0
     loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
     with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose) as bar:
         for batch in batches_until_stopped(loader, stopper):
@@ -80,31 +89,27 @@ def main() -> int:
                 with runtime.autocast():
                     logits = classifier(images)
                     require_finite(logits, "the original images")
-                    original += (logits.argmax(1) == target).sum().item()
-                    count += len(images)
+                    original += (logits.argmax(1) == target).tolist()
                     for key, reduce in reductions.items():
                         small = reduce(images)
                         for pipeline in pipelines:
                             logits = pipeline(small, tuple(images.shape[-2:]))[2]
                             require_finite(logits, f"the images of {pipeline.name}")
-                            right[key][pipeline.name] += (logits.argmax(1) == target).sum().item()
+                            right[key][pipeline.name] += (logits.argmax(1) == target).tolist()
             bar.update()
         if stopper.requested:
-            print(f"Stopped after {count} of {len(dataset)} images")
-    if not count and stopper.requested:
+            print(f"Stopped after {len(original)} of {len(dataset)} images")
+    if not original and stopper.requested:
         return stopper.code
-    if not count:
+    if not original:
         raise InputError(f"{dataset.root}: none of its images could be read")
 
-    rows = []
-    for (scale, name), hits in right.items():
-        accuracy = {row: found / count for row, found in hits.items()}
-        lost = original / count - accuracy[BASELINE]
-        recovered = {row: (a - accuracy[BASELINE]) / lost if lost > 0 else None for row, a in accuracy.items()}
-        rows.append({"scale": scale, "reduction": name, "accuracy": accuracy, "recovered": recovered})
+    rows, means = summarise(right, original, options.seed)
+    accuracy = sum(original) / len(original)
     folder = new_run_folder("degradation")
-    write_json(folder / "results.json", {"n": count, "original": original / count, "rows": rows})
-    table = f"{markdown(rows)}\n{count} test images; accuracy on the originals {original / count:.3f}.\n{overall(rows)}"
+    write_json(folder / "results.json", {"n": len(original), "original": accuracy, "rows": rows, "means": means})
+    table = f"{markdown(rows)}\n{len(original)} test images; accuracy on the originals {accuracy:.3f}.\n"
+    table += overall(rows, means)
     (folder / "results.md").write_text(table, encoding="utf-8")
     plots.degradation(rows, folder / "degradation.png")
     print(table)
@@ -114,31 +119,69 @@ def main() -> int:
     return stopper.code if stopper.requested else 1 if unreadable else 0
 
 
+def summarise(
+    right: dict[tuple[float, str], dict[str, list[bool]]], original: list[bool], seed: int
+) -> tuple[list[dict], dict[str, dict]]:
+    """The rows of the table, and what every network recovers in the mean of them; with 95 % intervals.
+
+    One seed draws the same images for every row (experiment.metrics.bootstrap), so the mean's interval is that of
+    one sample of images seen in all ways. Rows where bilinear loses nothing have no part in the mean.
+    """
+    rows, shares, drawn_shares = [], {}, {}
+    for (scale, reduction), found in right.items():
+        correct = {name: np.array(values, dtype=float) for name, values in ({ORIGINAL: original} | found).items()}
+        accuracy, draws = bootstrap(correct, seed)
+        row = {"scale": scale, "reduction": reduction, "accuracy": {name: accuracy[name] for name in found}}
+        recovered = {name: fraction(*recovered_fraction(name, accuracy, draws)) for name in found}
+        rows.append(row | {"recovered": recovered})
+        for name, share in recovered.items():
+            if share["fraction"] is not None:
+                shares.setdefault(name, []).append(share)
+            if share["low"] is not None:
+                drawn = (draws[name] - draws[BASELINE]) / (draws[ORIGINAL] - draws[BASELINE])
+                drawn_shares.setdefault(name, []).append(drawn)
+    means = {}
+    for name, found in shares.items():
+        every = len(drawn_shares.get(name, ())) == len(found)  # no interval where one of the rows has none
+        low, high = interval(np.mean(drawn_shares[name], 0)) if every else (None, None)
+        value = sum(share["fraction"] for share in found) / len(found)
+        means[name] = fraction(value, low, high) | {"rows": len(found)}
+    return rows, means
+
+
+def fraction(value: float | None, low: float | None, high: float | None) -> dict:
+    return {"fraction": value, "low": low, "high": high}
+
+
+def percent(share: dict, digits: int = 0) -> str:
+    """A recovered fraction with its interval, as "68% (61% to 75%)"; without one where it has none."""
+    between = "" if share["low"] is None else f" ({share['low']:.0%} to {share['high']:.0%})"
+    return f"{share['fraction']:.{digits}%}{between}"
+
+
 def markdown(rows: list[dict]) -> str:
     names = list(rows[0]["accuracy"])
     lines = [f"| scale | small images | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
     for row in rows:
         cells = []
         for name in names:
-            recovered = row["recovered"][name]
-            gained = "" if name == BASELINE or recovered is None else f" ({recovered:.0%})"
+            share = row["recovered"][name]
+            gained = "" if share["fraction"] is None else f", {percent(share)}"
             cells.append(f"{row['accuracy'][name]:.3f}{gained}")
         lines.append(f"| {row['scale']:.3g} | {row['reduction']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def overall(rows: list[dict]) -> str:
+def overall(rows: list[dict], means: dict[str, dict]) -> str:
     """A line for every network: what it recovers in the mean of all rows, and where it does worst."""
     lines = []
-    for name in list(rows[0]["accuracy"])[1:]:
-        found = [(row["recovered"][name], row) for row in rows if row["recovered"][name] is not None]
-        if found:
-            worst, row = min(found, key=lambda pair: pair[0])
-            mean = sum(value for value, _ in found) / len(found)
-            where = f"x{row['scale']:.3g} {row['reduction']}"
-            lines.append(
-                f"{name} recovers {mean:.1%} in the mean of {len(found)} rows, at worst {worst:.1%} ({where}).\n"
-            )
+    for name, mean in means.items():
+        found = [row for row in rows if row["recovered"][name]["fraction"] is not None]
+        worst = min(found, key=lambda row: row["recovered"][name]["fraction"])
+        lines.append(
+            f"{name} recovers {percent(mean, 1)} in the mean of {mean['rows']} rows, at worst "
+            f"{percent(worst['recovered'][name], 1)}: x{worst['scale']:.3g} {worst['reduction']}.\n"
+        )
     return "\n".join(["", *lines])
 
 

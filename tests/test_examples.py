@@ -214,16 +214,32 @@ def test_degradations(trained, monkeypatch, capfd, start):
     assert found == {name: accuracy[name] for name in ("Bilinear", "Bicubic", "DarioNet")}
 
 
-def test_degradations_in_one_line():
-    from examples.degradation import overall
+def test_degradations_in_numbers():
+    """Forty images, all read correctly in the original: what is recovered, in the mean and at worst, is known."""
+    from examples.degradation import markdown, overall, summarise
 
-    found = {"a": -0.5, "b": 0.75, "c": None}
-    names = ("Bilinear", "X")
-    rows = [
-        {"scale": 0.5, "reduction": way, "accuracy": dict.fromkeys(names), "recovered": dict.fromkeys(names, value)}
-        for way, value in found.items()
-    ]
-    assert overall(rows) == "\nX recovers 12.5% in the mean of 2 rows, at worst -50.0% (x0.5 a).\n"
+    def read(count: int) -> list[bool]:
+        return [i < count for i in range(40)]
+
+    right = {
+        (0.5, "a"): {"Bilinear": read(8), "X": read(16)},
+        (0.5, "b"): {"Bilinear": read(20), "X": read(40)},  # all of it, whichever images are drawn
+        (0.5, "c"): {"Bilinear": read(40), "X": read(39)},  # nothing is lost, so nothing can be recovered
+    }
+    rows, means = summarise(right, read(40), seed=0)
+    assert [row["recovered"]["X"]["fraction"] for row in rows] == [0.25, 1.0, None]
+    assert all(row["recovered"]["Bilinear"]["fraction"] is None for row in rows) and set(means) == {"X"}
+    share, mean = rows[0]["recovered"]["X"], means["X"]
+    assert 0 < share["low"] < 0.25 < share["high"] < 1 and mean["fraction"] == 0.625 and mean["rows"] == 2
+    assert (mean["low"], mean["high"]) == pytest.approx(((share["low"] + 1) / 2, (share["high"] + 1) / 2))
+    assert "| 0.5 | c | 1.000 | 0.975 |" in markdown(rows)
+    line = overall(rows, means)
+    assert line.startswith("\nX recovers 62.5% (") and "in the mean of 2 rows, at worst 25.0% (" in line
+
+    right[0.5, "b"] = {"Bilinear": read(39), "X": read(40)}  # in some draws nothing is lost: no interval
+    rows, means = summarise(right, read(40), seed=0)
+    assert rows[1]["recovered"]["X"] == {"fraction": 1.0, "low": None, "high": None}
+    assert means["X"]["low"] is None and "X recovers 62.5% in the mean" in overall(rows, means)
 
 
 START_ALL = """
