@@ -42,8 +42,8 @@ SYSTEM = re.compile(
 REPEATS = 1000  # folders that links may lead to again, and ten times as many as there are: there are links in loops
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
-HOW_TO_GET_IMAGENET = (
-    "README.md, section ImageNet, says how to get and lay out ImageNet; `make demo` runs everything on drawn pictures"
+HOW_TO_GET_IMAGES = (
+    "README.md says how to lay out images (Your own images; ImageNet); `make demo` runs everything on drawn pictures"
 )
 CONVERT = "convert photographs to JPEG or PNG, unpack archives"
 
@@ -114,7 +114,7 @@ def counted(left_out: Counter) -> str:
 def absence(left_out: Counter) -> str:
     """The end of a message that there are no images: what there is instead, and what to do."""
     only = f", only {counted(left_out)}" if left_out else ""
-    return f"{only}; {CONVERT if any(kind.startswith('.') for kind in left_out) else HOW_TO_GET_IMAGENET}"
+    return f"{only}; {CONVERT if any(kind.startswith('.') for kind in left_out) else HOW_TO_GET_IMAGES}"
 
 
 def say_left_out(folder: str, left_out: Counter) -> None:
@@ -130,7 +130,7 @@ def open_images(folder: str) -> list[str]:
         InputError: no such folder, or no images in it.
     """
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; {HOW_TO_GET_IMAGENET}")
+        raise InputError(f"{folder}: no such folder; {HOW_TO_GET_IMAGES}")
     left_out = Counter()
     paths = list_images(folder, left_out)
     if not paths:
@@ -146,7 +146,7 @@ def images_by_class(folder: str) -> dict[str, list[str]]:
         InputError: no such folder, no folders in it, or no images in those.
     """
     if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; {HOW_TO_GET_IMAGENET}")
+        raise InputError(f"{folder}: no such folder; {HOW_TO_GET_IMAGES}")
     left_out = Counter()
     names = sorted(entry.name for entry in os.scandir(folder) if is_folder(entry) and not set_apart(entry.name))
     classes = {name: [] for name in names}
