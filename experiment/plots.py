@@ -29,7 +29,7 @@ FEW = 40  # classes: up to here each is a point with a name, above they are a de
 SERIES = ("#0b6fb8", "#d1700a")
 PLACEHOLDERS = re.compile("last ?resort|fallback|blank|tofu", re.IGNORECASE)  # fonts that have a box for everything
 matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
-matplotlib.rcParams.update({"grid.alpha": 0.3, "figure.dpi": 100, "savefig.dpi": 150})
+matplotlib.rcParams.update({"axes.axisbelow": True, "grid.alpha": 0.3, "figure.dpi": 100, "savefig.dpi": 150})
 # Names of classes and files are shown as they are: "$" and "\\" begin no formula.
 matplotlib.rcParams.update({"text.parse_math": False, "text.usetex": False, "font.family": ["DejaVu Sans"]})
 
