@@ -27,7 +27,7 @@ from experiment.metrics import (
     ORIGINAL,
     bootstrap,
     interval,
-    recovered_fraction,
+    recovered_draws,
     require_finite,
     write_json,
 )
@@ -127,30 +127,27 @@ def summarise(
     One seed draws the same images for every row (experiment.metrics.bootstrap), so the mean's interval is that of
     one sample of images seen in all ways. Rows where bilinear loses nothing have no part in the mean.
     """
-    rows, shares, drawn_shares = [], {}, {}
+    rows, shares = [], {}
     for (scale, reduction), found in right.items():
         correct = {name: np.array(values, dtype=float) for name, values in ({ORIGINAL: original} | found).items()}
         accuracy, draws = bootstrap(correct, seed)
+        recovered = {name: recovered_draws(name, accuracy, draws) for name in found}
         row = {"scale": scale, "reduction": reduction, "accuracy": {name: accuracy[name] for name in found}}
-        recovered = {name: fraction(*recovered_fraction(name, accuracy, draws)) for name in found}
-        rows.append(row | {"recovered": recovered})
-        for name, share in recovered.items():
-            if share["fraction"] is not None:
-                shares.setdefault(name, []).append(share)
-            if share["low"] is not None:
-                drawn = (draws[name] - draws[BASELINE]) / (draws[ORIGINAL] - draws[BASELINE])
-                drawn_shares.setdefault(name, []).append(drawn)
+        rows.append(row | {"recovered": {name: with_interval(*share) for name, share in recovered.items()}})
+        for name, (value, drawn) in recovered.items():
+            if value is not None:
+                shares.setdefault(name, []).append((value, drawn))
     means = {}
     for name, found in shares.items():
-        every = len(drawn_shares.get(name, ())) == len(found)  # no interval where one of the rows has none
-        low, high = interval(np.mean(drawn_shares[name], 0)) if every else (None, None)
-        value = sum(share["fraction"] for share in found) / len(found)
-        means[name] = fraction(value, low, high) | {"rows": len(found)}
+        values, drawn = zip(*found, strict=True)
+        everywhere = None if any(draws is None for draws in drawn) else np.mean(drawn, 0)
+        means[name] = with_interval(sum(values) / len(values), everywhere) | {"rows": len(values)}
     return rows, means
 
 
-def fraction(value: float | None, low: float | None, high: float | None) -> dict:
-    return {"fraction": value, "low": low, "high": high}
+def with_interval(fraction: float | None, drawn: np.ndarray | None) -> dict:
+    low, high = (None, None) if drawn is None else interval(drawn)
+    return {"fraction": fraction, "low": low, "high": high}
 
 
 def percent(share: dict, digits: int = 0) -> str:

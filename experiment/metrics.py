@@ -91,20 +91,28 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def recovered_fraction(
+def recovered_draws(
     name: str, accuracy: dict[str, float], draws: dict[str, np.ndarray]
-) -> tuple[float | None, float | None, float | None]:
-    """(variant - bilinear) / (original - bilinear) with its interval; None where bilinear loses nothing."""
+) -> tuple[float | None, np.ndarray | None]:
+    """(variant - bilinear) / (original - bilinear), and the same of every draw; None where bilinear loses nothing."""
     if name in (ORIGINAL, BASELINE, SMALL) or not {ORIGINAL, BASELINE} <= accuracy.keys():
-        return None, None, None
+        return None, None
     lost = accuracy[ORIGINAL] - accuracy[BASELINE]
     if lost <= 0:
-        return None, None, None
+        return None, None
     fraction = (accuracy[name] - accuracy[BASELINE]) / lost
     lost_draws = draws[ORIGINAL] - draws[BASELINE]
     if (lost_draws <= 0).any():  # the ratio has no interval where the loss itself may be nothing
-        return fraction, None, None
-    return fraction, *interval((draws[name] - draws[BASELINE]) / lost_draws)
+        return fraction, None
+    return fraction, (draws[name] - draws[BASELINE]) / lost_draws
+
+
+def recovered_fraction(
+    name: str, accuracy: dict[str, float], draws: dict[str, np.ndarray]
+) -> tuple[float | None, float | None, float | None]:
+    """The recovered fraction with its interval; None where there is none: see recovered_draws."""
+    fraction, drawn = recovered_draws(name, accuracy, draws)
+    return fraction, *((None, None) if drawn is None else interval(drawn))
 
 
 def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:

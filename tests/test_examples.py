@@ -233,13 +233,18 @@ def test_degradations_in_numbers():
     assert 0 < share["low"] < 0.25 < share["high"] < 1 and mean["fraction"] == 0.625 and mean["rows"] == 2
     assert (mean["low"], mean["high"]) == pytest.approx(((share["low"] + 1) / 2, (share["high"] + 1) / 2))
     assert "| 0.5 | c | 1.000 | 0.975 |" in markdown(rows)
-    line = overall(rows, means)
-    assert line.startswith("\nX recovers 62.5% (") and "in the mean of 2 rows, at worst 25.0% (" in line
+    between = [f"({found['low']:.0%} to {found['high']:.0%})" for found in (mean, share)]
+    line = "\nX recovers 62.5% {} in the mean of 2 rows, at worst 25.0% {}: x0.5 a.\n"
+    assert overall(rows, means) == line.format(*between)
 
     right[0.5, "b"] = {"Bilinear": read(39), "X": read(40)}  # in some draws nothing is lost: no interval
     rows, means = summarise(right, read(40), seed=0)
     assert rows[1]["recovered"]["X"] == {"fraction": 1.0, "low": None, "high": None}
-    assert means["X"]["low"] is None and "X recovers 62.5% in the mean" in overall(rows, means)
+    assert means["X"]["low"] is None and overall(rows, means).startswith("\nX recovers 62.5% in the mean of 2 rows,")
+
+    right = {(0.5, "a"): {"Bilinear": read(20), "X": read(10)}, (0.5, "b"): {"Bilinear": read(39), "X": read(40)}}
+    line = overall(*summarise(right, read(40), seed=0))  # worse than bilinear
+    assert line.startswith("\nX recovers 25.0% in the mean of 2 rows, at worst -50.0% (")
 
 
 START_ALL = """
