@@ -111,7 +111,7 @@ def main() -> int:
     table = f"{markdown(rows)}\n{len(original)} test images; accuracy on the originals {accuracy:.3f}.\n"
     table += overall(rows, means)
     (folder / "results.md").write_text(table, encoding="utf-8")
-    plots.degradation(rows, folder / "degradation.png")
+    plots.degradation(rows, accuracy, folder / "degradation.png")
     print(table)
     if unreadable:
         print(f"{unreadable} images could not be read and were not scored")

@@ -479,10 +479,10 @@ def flattened(values: dict, prefix: str = "") -> list[str]:
     return lines
 
 
-def degradation(rows: list[dict], path: Path) -> None:
+def degradation(rows: list[dict], original: float, path: Path) -> None:
     """Accuracy over the scale, a panel a way of reducing and a line a variant; at one scale a group of bars a way.
 
-    `rows` are those of examples/degradation.py.
+    `rows` are those of examples/degradation.py, `original` is the accuracy on the original images, a line across.
     """
     ways, names = list(dict.fromkeys(row["reduction"] for row in rows)), list(rows[0]["accuracy"])
     several = len({row["scale"] for row in rows}) > 1
@@ -502,6 +502,8 @@ def degradation(rows: list[dict], path: Path) -> None:
             x = np.arange(len(rows)) + (i - (len(names) - 1) / 2) * 0.8 / len(names)
             axes.bar(x, [row["accuracy"][name] for row in rows], 0.8 / len(names), color=palette.get(name), label=name)
         axes.set_xticks(range(len(rows)), ways)
+    for axes in places[0]:
+        axes.axhline(original, color="#555555", linestyle="--", linewidth=1, label="Original")
     places[0, 0].set_ylabel("accuracy")
     figure.legend(*places[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     save(figure, path)
