@@ -110,6 +110,8 @@ def main() -> int:
             folder = new_run_folder("test")
             write_json(folder / "parameters.json", parameters.model_dump())
         print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
+        used = parameters.classifier[0]
+        print(f"Classifier: {used.architecture}, {used.weights or 'its own weights'}")
         print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
         print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
         for path in [*weights, *(path for _, path in arguments.rival)]:
@@ -249,6 +251,8 @@ def draw_reconstructions(
 ) -> None:
     """Writes the figures that need images: some unselected ones, the worst cases, and the stages of the first."""
     classifier = pipelines[0].classifier
+    labels = dict(zip(classifier.class_names, classifier.labels, strict=True))
+    scored = {(row["image"], row["variant"]): row for row in rows}
 
     def load(chosen: list[str]) -> torch.Tensor:
         images = [dataset[dataset.paths.index(image)][1] for image in chosen]
@@ -260,12 +264,11 @@ def draw_reconstructions(
     def sheet(chosen: list[str], path: Path) -> None:
         images, columns, titles = load(chosen), {}, [[] for _ in chosen]
         for pipeline in pipelines:
-            _, columns[pipeline.name], logits = pipeline(images)
-            for row, image, probabilities in zip(titles, chosen, logits.softmax(1), strict=True):
-                index = int(probabilities.argmax())
-                right = classifier.class_names[index] == Path(image).parts[0]
-                text = f"{plots.shorten(classifier.labels[index], 14)} {probabilities[index]:.0%}"
-                row.append((text, plots.GOOD if right else plots.BAD))
+            _, columns[pipeline.name], _ = pipeline(images)
+            for title, image in zip(titles, chosen, strict=True):
+                row = scored[image, pipeline.name]  # what the table counts
+                text = f"{plots.shorten(labels[row['predicted']], 14)} {row['probability']:.0%}"
+                title.append((text, plots.GOOD if row["correct"] else plots.BAD))
         plots.image_grid(columns, titles, path)
 
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded

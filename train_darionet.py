@@ -25,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from experiment import plots
 from experiment.checkpoint import (
+    BEST,
     State,
     claim,
     job_id,
@@ -34,6 +35,7 @@ from experiment.checkpoint import (
     run_to_resume,
     save_checkpoint,
     to_cpu,
+    where_best,
 )
 from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
 from experiment.distillation import (
@@ -101,8 +103,8 @@ def main() -> int:
         random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
         teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
         targets = val_set.targets(teachers[0].class_names)
-        size = (d.features, d.blocks, d.growth)
-        network = build_darionet(*size, d.initial_weights, runtime.device, runtime.memory_format)
+        size, start = (d.features, d.blocks, d.growth), None if checkpoint else d.initial_weights
+        network = build_darionet(*size, start, runtime.device, runtime.memory_format)
         network.recompute = training.recompute
         average = None
         if training.ema_decay is not None:
@@ -224,7 +226,7 @@ def main() -> int:
                 if runtime.is_main:
                     if improved:
                         weights = to_cpu(evaluated.state_dict())
-                        for path in [folder / "best.pt"] + ([Path(d.weights)] if training.save else []):
+                        for path in [folder / BEST] + ([Path(d.weights)] if training.save else []):
                             save_file(weights, path)
                             write_note(path, note(parameters, reduction, folder))
                     write_csv(folder / "history.csv", state.history)
@@ -248,12 +250,10 @@ def main() -> int:
     if lost := state.history[-1]["val_unreadable"]:
         print(f"{lost} validation images could not be read and were not scored")
     if not math.isfinite(state.best):
-        raise InputError(
-            "the validation loss was never finite, so no weights were written: lower training.learning_rate, "
-            "or set training.precision to float32"
-        )
-    if training.save:
-        print(f"Weights of the best validation loss ({state.best:.4f}): {d.weights}")
+        remedy = "lower training.learning_rate, or set training.precision to float32"
+        raise InputError(f"the validation loss was never finite, so no weights were written: {remedy}")
+    best = where_best(folder, d.weights if training.save else None)
+    print(f"Weights of the best validation loss ({state.best:.4f}): {best}")
     print(folder)
     return 0
 

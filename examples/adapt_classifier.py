@@ -214,6 +214,7 @@ def main() -> int:
                 names |= {"mean": evaluated.mean.flatten().tolist(), "std": evaluated.std.flatten().tolist()}
                 save_classifier(evaluated.network, evaluated.class_names, output, **names)
                 note = {"enlarge": enlarge, "classifier": parameters.classifier[0].model_dump(), "loss": weights}
+                note |= {"random_reduction": parameters.model_dump()["transformations"]["random_reduction"]}
                 write_note(output, {**reduction.note(), **note, "run": str(folder)})
             write_csv(folder / "history.csv", state.history)
             remember()

@@ -70,7 +70,8 @@ def main() -> int:
     classifier.require(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
-    networks = load_upscalers(arguments.weights or [d.weights], d.initial_weights, runtime.device)
+    weights = arguments.weights or [d.weights]
+    networks = load_upscalers(weights, d.initial_weights, runtime.device)
     restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
     pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
     scales = arguments.scales or [t.scale]
@@ -107,7 +108,9 @@ def main() -> int:
     rows, means = summarise(right, original, options.seed)
     accuracy = sum(original) / len(original)
     folder = new_run_folder("degradation")
-    write_json(folder / "results.json", {"n": len(original), "original": accuracy, "rows": rows, "means": means})
+    write_json(folder / "parameters.json", parameters.model_dump())
+    found = {"n": len(original), "original": accuracy, "rows": rows, "means": means}
+    write_json(folder / "results.json", found | {"weights": weights, "precision": runtime.precision})
     table = f"{markdown(rows)}\n{len(original)} test images; accuracy on the originals {accuracy:.3f}.\n"
     table += overall(rows, means)
     (folder / "results.md").write_text(table, encoding="utf-8")

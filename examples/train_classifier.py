@@ -4,8 +4,8 @@
     python examples/train_classifier.py --resume                 goes on with the one that was stopped last
 
 It reads data.train, reports its accuracy on data.val, and writes classifier.weights, those of the best epoch: a state
-dict with the class names and the normalisation. SGD with Nesterov momentum, the learning rate a third of the way up and
-then half a cosine down; random flips and shifts. Steps, guards and checkpoints are those of train_darionet.py.
+dict with the class names and the normalisation. SGD with Nesterov momentum, the learning rate half a cosine that warms
+up for a third of the way; random flips and shifts. Steps, guards and checkpoints are those of train_darionet.py.
 """
 
 import copy
@@ -25,7 +25,15 @@ from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.transforms.v2 import functional as vision
 
-from experiment.checkpoint import State, load_checkpoint, refuse_changes, run_to_resume, save_checkpoint, to_cpu
+from experiment.checkpoint import (
+    RandomNumbers,
+    State,
+    load_checkpoint,
+    refuse_changes,
+    run_to_resume,
+    save_checkpoint,
+    to_cpu,
+)
 from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
 from experiment.distillation import Losses, learning_rate_at, refuse_unreadable, step, validate
 from experiment.metrics import write_csv, write_json
@@ -50,7 +58,7 @@ def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=0.05, help="its peak")
+    parser.add_argument("--learning-rate", type=float, default=0.05, help="its peak is 3/4 of this")
     parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 to 1")
     parser.add_argument("--shift", type=int, default=0, help="largest random shift of the pictures, in pixels")
@@ -106,10 +114,12 @@ def main() -> int:
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         state = State()
         remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
+        remembered["random"] = RandomNumbers()
         resolved = parameters.model_dump() | {
             "options": {
                 key: value for key, value in vars(arguments).items() if key not in ("parameters", "resume", "set")
             },
+            "used_precision": runtime.precision,
             "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         }
         if checkpoint is not None:
@@ -133,13 +143,16 @@ def main() -> int:
             scores = network((images - mean) / std).float()
             smoothing = arguments.label_smoothing if network.training else 0.0
             total = F.cross_entropy(scores, known, label_smoothing=smoothing)
-            return Losses(total, {}, scores.new_zeros(len(scores)), scores.detach(), scores.detach())
+            # What diverged is no fault of an original's scores: the loss says it.
+            original = scores.detach().nan_to_num()
+            return Losses(total, {}, scores.new_zeros(len(scores)), scores.detach(), original)
 
         remember()
         steps_per_epoch = math.ceil(len(train_set) / arguments.batch_size)
         total_steps = steps_per_epoch * arguments.epochs
         schedule = (total_steps, arguments.learning_rate, "cosine", total_steps // 3)
-        first, begun, estimated = state.epoch * steps_per_epoch + state.batch, time.perf_counter(), False
+        first, saved = state.epoch * steps_per_epoch + state.batch, time.monotonic()
+        begun, estimated = time.perf_counter(), False
         flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
         for epoch in range(state.epoch, arguments.epochs):
             train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, seed, epoch)
@@ -176,6 +189,9 @@ def main() -> int:
                     if not estimated and now - begun > 5:
                         estimated = True
                         bar.write(f"Training to go: {duration((total_steps - at) * (now - begun) / (at - first))}")
+                    if time.monotonic() - saved > 60 * training.checkpoint_minutes:
+                        remember()
+                        saved = time.monotonic()
                     if done.stops:
                         break
             if stopper.requested:
@@ -191,6 +207,7 @@ def main() -> int:
             if improved:
                 save_classifier(network, class_names, place, architecture=name)
             remember()
+            saved = time.monotonic()
             print(
                 f"epoch {epoch + 1}/{arguments.epochs}: loss {row['train_loss']:.4f}; validation loss "
                 f"{row['val_loss']:.4f}, accuracy {row['val_accuracy']:.4f}; {row['seconds']:.0f} s"

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import filecmp
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from torch import Tensor
 
 from experiment.distillation import Step
@@ -21,6 +23,7 @@ from models.weights import load_file, save_to
 
 FILE = "checkpoint.pt"
 PREVIOUS = "checkpoint_previous.pt"
+BEST = "best.pt"
 JOB = "torchrun.json"  # which of torchrun's jobs the run belongs to
 VERSION = 2
 MARK = b"\nSHA-256 "  # torch and zip ignore what stands after the archive: this, and the checksum of all before it
@@ -75,8 +78,8 @@ class State:
             self.bad_in_a_row += done.bad
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise InputError(
-                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: lower the learning rate, "
-                "or set training.precision to float32; the last checkpoint stands"
+                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
+                "rate, or with training.precision float32, from best.pt of the run folder where there is one"
             )
 
     def means(self) -> tuple[float, float, float]:
@@ -358,8 +361,42 @@ def refuse_changes(before: dict, now: dict, prefix: str = "") -> None:
             continue
         if isinstance(old, dict) and isinstance(new, dict):
             refuse_changes(old, new, f"{name}.")
+        elif are_sections(old) and are_sections(new) and len(old) == len(new):  # several classifiers
+            for one, other in zip(old, new, strict=True):
+                refuse_changes(one, other, f"{name}.")
         elif old != new:
             raise InputError(f"the run was started with {name} {old}, now it is {new}: set it back, or start a new run")
+
+
+def where_best(run: Path | None, weights: str | None) -> str | None:
+    """The file of a run's best weights: `weights`, unless another run has written it since; else best.pt of the run.
+
+    `run` is None in torchrun's other processes, which don't look.
+    """
+    if run is None or (weights is not None and not (run / BEST).exists()):
+        return weights
+    with contextlib.suppress(OSError):  # no such file any more
+        if weights is not None and filecmp.cmp(run / BEST, weights, shallow=False):
+            return weights
+    return f"{run / BEST}" + (f"; {weights} does not hold them" if weights is not None else "")
+
+
+def are_sections(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
+
+
+class RandomNumbers:
+    """The state of torch's own random numbers, for a checkpoint: dropout draws from them."""
+
+    @staticmethod
+    def state_dict() -> dict:
+        return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+    @staticmethod
+    def load_state_dict(state: dict) -> None:
+        torch.set_rng_state(state["cpu"])
+        if len(state["cuda"]) == torch.cuda.device_count():  # another machine draws other numbers anyway
+            torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def to_cpu(state: object) -> object:

@@ -159,7 +159,7 @@ def psnr_db(found: Tensor, expected: Tensor) -> Tensor:
 
 
 def learning_rate_at(step: int, total: int, base: float, schedule: str, warmup: int) -> float:
-    """Learning rate of a step: linear over `warmup` steps, then constant, or half a cosine down to 0."""
+    """Learning rate of a step: constant, or half a cosine down to 0, times a linear rise over `warmup` steps."""
     rate = base * min(1.0, (step + 1) / (warmup + 1))
     return rate if schedule == "constant" else rate * 0.5 * (1 + math.cos(math.pi * step / total))
 
@@ -308,7 +308,7 @@ def refuse_unreadable(unreadable: dict[int, str], images: ImageTree, class_sizes
     """
     count = len(images)
     allowed = max(1, math.floor(UNREADABLE_SHARE * count)) if count > UNREADABLE_FREE else count
-    remedy = "unreadable.csv in the run folder lists them; mend or remove them"
+    remedy = "unreadable.csv in the run folder lists them; mend or remove them, and start a new run"
     if len(unreadable) > allowed:
         raise InputError(f"{len(unreadable)} of {count} training images can't be read, over 0.1 %: {remedy}")
     for folder, lost in Counter(map(images.folder_of, unreadable)).items():

@@ -127,16 +127,20 @@ class FrozenClassifier(nn.Module):
             self.fold(dtype)
         return self.folded.get(dtype) or self.network
 
-    @torch.no_grad()
     def reads(self, height: int, width: int) -> bool:
         """Whether it takes images of this size: some architectures want one size, others can't read small ones."""
+        return self.refusal(height, width) is None
+
+    @torch.no_grad()
+    def refusal(self, height: int, width: int) -> str | None:
+        """What it says to images of this size, in one line, where it does not take them."""
         try:
             self(self.mean.new_zeros(1, 3, height, width))
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # each architecture has its own way of refusing
-            return False
-        return True
+        except Exception as error:  # each architecture has its own way of refusing
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return None
 
     @torch.no_grad()
     def require(self, side: int, key: str) -> None:
@@ -147,10 +151,10 @@ class FrozenClassifier(nn.Module):
         Raises:
             InputError: it can't, its scores are not (N, classes), or they depend on more than the image.
         """
-        if not self.reads(side, side):
+        if reason := self.refusal(side, side):
             raise InputError(
                 f"the classifier can't read images of {side}x{side} pixels ({key}): set transformations.resize_size, "
-                "train_crop_size and val_crop_size to the size that it was made for, such as 224"
+                f"train_crop_size and val_crop_size to the size that it was made for, such as 224 ({reason})"
             )
         generator = torch.Generator().manual_seed(0)
         images = torch.rand(2, 3, side, side, generator=generator).to(self.mean)

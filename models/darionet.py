@@ -106,10 +106,10 @@ def load_upscalers(
 ) -> dict[str, RRDBNet]:
     """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
-    `initial_weights` may be a name, as in `build_darionet`.
+    `initial_weights` may be a name, as in `build_darionet`; where it can't be downloaded, a line says so.
 
     Raises:
-        InputError: no such weights, no network to download them, or a file that is no RRDBNet x4.
+        InputError: no such weights, or a file that is no RRDBNet x4.
     """
     for path in weights:
         if not Path(path).is_file():
@@ -117,9 +117,14 @@ def load_upscalers(
                 f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
                 "--parameters examples/shapes/parameters.json"
             )
-    initial_weights = None if initial_weights is None else published_file(initial_weights)
-    start = [initial_weights] if initial_weights is not None and Path(initial_weights).is_file() else []
-    paths = list({os.path.realpath(path): path for path in [*start, *weights]}.values())
+    start = []
+    if initial_weights is not None:
+        try:
+            start = [path for path in [published_file(initial_weights)] if Path(path).is_file()]
+        except InputError as error:
+            say(f"Note: no row for darionet.initial_weights: {error}")
+    # A file that is named twice has its last place: the last row is the one that is looked at.
+    paths = list({os.path.realpath(path): path for path in reversed([*start, *weights])}.values())[::-1]
     kinds = [row_name(path) for path in paths]
     several = {kind for kind in kinds if kinds.count(kind) > 1}
     names = [Path(path).stem if kind in several else kind for kind, path in zip(kinds, paths, strict=True)]

@@ -34,6 +34,7 @@ from experiment.checkpoint import (
 from models import files, weights
 from models.errors import InputError
 from models.files import PARTIAL, check_writable, remove_partials, write_atomically, write_text
+from models.rrdbnet import RRDBNet
 
 TRUNCATIONS, FLIPS = 50, 100
 
@@ -437,6 +438,22 @@ def test_the_script_takes_a_file_of_the_run_and_says_that_it_is_finished(start, 
         result = start("train_darionet", "--resume", *named)
         assert result.code == 0 and "This run is finished" in result.out and "Resumed" not in result.out
         assert (run / FILE).read_bytes() == before
+        assert result.out.splitlines()[-2].endswith("): DarioNet.pt")
+    Path("DarioNet.pt").write_bytes(b"another run's")
+    line = start("train_darionet", "--resume").out.splitlines()[-2]
+    assert line.endswith(f"): {run / 'best.pt'}; DarioNet.pt does not hold them")
+    Path("DarioNet.pt").unlink()
+    assert start("train_darionet", "--resume").out.splitlines()[-2] == line
+    line = start("train_darionet", "--resume", "--set", "training.save=false").out.splitlines()[-2]
+    assert line.endswith(f"): {run / 'best.pt'}")
+
+
+def test_a_run_goes_on_without_the_weights_that_it_started_from(start, experiment):
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "start.pt")
+    run = start("train_darionet", "--set", "training.epochs=1", "--set", "darionet.initial_weights=start.pt")
+    Path("start.pt").unlink()
+    result = start("train_darionet", "--resume")
+    assert result.code == run.code == 0 and "This run is finished" in result.out
 
 
 def test_what_may_change_and_what_may_not():
@@ -462,6 +479,12 @@ def test_what_may_change_and_what_may_not():
             refuse_changes(before, free | {section: before[section] | {key: value}})
     with pytest.raises(InputError, match="classifier_weights"):
         refuse_changes(before, free | {"classifier_weights": "0124"})
+    several = {"classifier": [before["classifier"], {"architecture": "vgg11", "weights": "b.pt"}]}
+    moved = [one | {"weights": f"moved/{one['weights']}"} for one in several["classifier"]]
+    refuse_changes(several, {"classifier": moved})
+    for other in (moved[:1], moved[::-1], before["classifier"]):
+        with pytest.raises(InputError, match="classifier.* set it back"):
+            refuse_changes(several, {"classifier": other})
 
 
 @pytest.mark.parametrize("version", [1, 3, None])

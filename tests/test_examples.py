@@ -207,6 +207,7 @@ def test_degradations(trained, monkeypatch, capfd, start):
         run_script(degradation.main)
     assert stop.value.code == 0
     results = json.loads((trained / capfd.readouterr().out.split()[-1] / "results.json").read_text())
+    assert results["weights"] == ["DarioNet.pt"]
     assert results["n"] == 9 and [row["reduction"] for row in results["rows"]] == list(degradation.ways(0.32))
     evaluated = json.loads((trained / start("test").out.split()[-1] / "results.json").read_text())
     accuracy = {v["name"]: v["accuracy"] for v in evaluated["variants"]}

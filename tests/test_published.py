@@ -105,6 +105,9 @@ def test_without_a_network_it_says_which_file_to_put_where(start, experiment, mo
     folder = str(experiment / "torch/hub/checkpoints")
     refused = start("train_darionet", "--set", f"darionet.initial_weights={NAME}")
     one_line(refused, "http://127.0.0.1:9/x.pth", f"put {NAME}.pth into {folder}")
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "DarioNet.pt")
+    evaluated = start("test", "--set", f"darionet.initial_weights={NAME}")  # needs no start
+    assert evaluated.code == 0 and "Note: no row for darionet.initial_weights" in evaluated.out + evaluated.err
     for name in published.BY_HAND:
         with pytest.raises(InputError) as refused:
             build_darionet(8, 1, 4, name)

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 from models.classifier import open_classifier, save_classifier
-from models.darionet import write_note
+from models.darionet import load_upscalers, write_note
 from models.rrdbnet import RRDBNet
 
 
@@ -515,11 +516,13 @@ def test_classifier_for_data_that_has_none(train_classifier):
     assert finished.code == 0 and "epoch 1" not in finished.out
 
 
-def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_classifier, monkeypatch):
-    whole = checkpoint(last_line(train_classifier("--epochs", 2, "--shift", 2)))
+@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v3_small"])  # the latter has dropout
+def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_classifier, monkeypatch, architecture):
+    options = ["--epochs", 2, "--shift", 2, "--set", f"classifier.architecture={architecture}"]
+    whole = checkpoint(last_line(train_classifier(*options)))
     with monkeypatch.context() as patch:
         stop_after(patch, 1, signal.SIGTERM)
-        stopped = train_classifier("--epochs", 2, "--shift", 2)
+        stopped = train_classifier(*options)
     assert stopped.code == 143 and "add --resume" in stopped.out
     resumed = train_classifier("--resume")
     assert resumed.code == 0, resumed.err
@@ -614,6 +617,7 @@ def test_a_rival_from_training_to_the_table(adapt, start, trained):
     names = {"Adapted": "adapted.pth", "Same": "same.pth", "Rebuilds": "rebuilds.pth"}
     result = start("test", *own, *(part for pair in names.items() for part in ("--rival", *pair)))
     assert result.code == 0, result.err
+    assert "adapted.pth was trained for" not in result.out
     assert "rebuilds.pth was trained for scale 0.5, not 0.32" in result.out
     found = json.loads((last_line(result) / "results.json").read_text())
     rows = read_csv(last_line(result) / "predictions.csv")
@@ -683,7 +687,7 @@ def test_a_classifier_that_diverges(train_classifier):
     if result.code == 0:  # it did not: then all is finite
         assert "nan" not in result.out
     else:
-        one_line(result, "not finite")
+        one_line(result, "finite", "learning")  # which to lower, not that something is damaged
     if Path("own.pt").exists():
         assert all(torch.isfinite(p).all() for p in open_classifier("resnet18", "own.pt").network.parameters())
 
@@ -746,6 +750,30 @@ def test_rows_are_named_for_what_they_are(start, trained):
         assert [v["name"] for v in results["variants"]] == ["Original", "Small", "Bilinear", "Bicubic", *names]
         assert results["ours"] == names[-1]
         assert [test["second"] for test in results["mcnemar"]] == ["Bilinear", *names[:-1]]
+    for again in (["B.pt", "DarioNet.pt", "B.pt"], ["DarioNet.pt", "B.pt"]):  # the last one named is ours
+        networks = load_upscalers(again, "B.pt")
+        assert list(networks) == ["DarioNet", "B"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_sheets_say_what_the_table_counts(start, trained, monkeypatch):
+    """Also where a file system took the accents of a class's name apart."""
+    from experiment import plots
+
+    folder, name = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFC", "café")
+    (trained / "test" / CLASSES[0]).rename(trained / "test" / folder)
+    network = open_classifier("resnet18", "classifier.pt").network
+    save_classifier(network.state_dict(), [name, *CLASSES[1:]], "classifier.pt")
+    sheets = []
+    monkeypatch.setattr(plots, "image_grid", lambda columns, titles, path: sheets.append((list(columns), titles)))
+    result = start("test", "--set", "test.precision=bf16")
+    rows = read_csv(last_line(result) / "predictions.csv")
+    right = {(row["image"], row["variant"]): row["correct"] == "1" for row in rows}
+    assert any(right.values()) and not all(right.values())
+    images, (names, titles) = list(dict.fromkeys(row["image"] for row in rows)), sheets[0]
+    for image, line in zip(images, titles, strict=False):
+        expected = [plots.GOOD if right[image, variant] else plots.BAD for variant in names]
+        assert [colour for _, colour in line] == expected
 
 
 def test_a_thumbnail_that_is_taken_for_a_photograph(start, trained):

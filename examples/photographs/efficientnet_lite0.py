@@ -1,6 +1,7 @@
 """EfficientNet-Lite0 (ImageNet, 1000 classes), under the key names of its published weights.
 
-    python test.py --set classifier.architecture=examples/photographs/efficientnet_lite0.py:network
+    python test.py --set classifier.architecture=examples/photographs/efficientnet_lite0.py:network \
+        --set classifier.weights=assets/models/tf_efficientnet_lite0.pth
 
 The weights are those that Google trained (tensorflow/tpu, EfficientNet-Lite, Apache-2.0), as timm converted them under
 the name tf_efficientnet_lite0. The network is EfficientNet-B0 (Tan and Le 2019, https://arxiv.org/abs/1905.11946,
