@@ -196,6 +196,8 @@ def main() -> int:
                         break
             if stopper.requested:
                 break
+            if not all(value.isfinite().all() for value in network.state_dict().values()):  # BatchNorm's means as well
+                raise InputError("the network's values are not finite any more: start a new run, lower --learning-rate")
             network.eval()
             batches = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
             with progress_bar(len(batches), "validation", leave=False) as bar:
