@@ -110,8 +110,7 @@ def main() -> int:
             folder = new_run_folder("test")
             write_json(folder / "parameters.json", parameters.model_dump())
         print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
-        used = parameters.classifier[0]
-        print(f"Classifier: {used.architecture}, {used.weights or 'its own weights'}")
+        print(f"Classifier: {parameters.classifier[0].describe()}")
         print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
         print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
         for path in [*weights, *(path for _, path in arguments.rival)]:

@@ -283,7 +283,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
     print(f"DarioNet: {size}, from {d.initial_weights or 'random weights'}")
     for classifier in parameters.classifier:
-        print(f"Classifier: {classifier.architecture}, {classifier.weights or 'its own weights'}, frozen")
+        print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
     print(f"Reduction: {kind}; crops: {t.train_crop_size}")

@@ -213,9 +213,15 @@ def main() -> int:
                 names = {"architecture": parameters.classifier[0].architecture}
                 names |= {"mean": evaluated.mean.flatten().tolist(), "std": evaluated.std.flatten().tolist()}
                 save_classifier(evaluated.network, evaluated.class_names, output, **names)
-                note = {"enlarge": enlarge, "classifier": parameters.classifier[0].model_dump(), "loss": weights}
-                note |= {"random_reduction": parameters.model_dump()["transformations"]["random_reduction"]}
-                write_note(output, {**reduction.note(), **note, "run": str(folder)})
+                note = {
+                    **reduction.note(),
+                    "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
+                    "enlarge": enlarge,
+                    "classifier": parameters.classifier[0].model_dump(),
+                    "loss": weights,
+                    "run": str(folder),
+                }
+                write_note(output, note)
             write_csv(folder / "history.csv", state.history)
             remember()
             saved = time.monotonic()

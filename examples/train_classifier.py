@@ -114,7 +114,7 @@ def main() -> int:
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         state = State()
         remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
-        remembered["random"] = RandomNumbers()
+        remembered |= {"random": RandomNumbers()}
         resolved = parameters.model_dump() | {
             "options": {
                 key: value for key, value in vars(arguments).items() if key not in ("parameters", "resume", "set")
@@ -225,7 +225,7 @@ def main() -> int:
     if lost := state.history[-1]["val_unreadable"]:
         print(f"{lost} of {len(val_set)} validation images could not be read and were not scored")
     if not math.isfinite(state.best):
-        raise InputError("the validation loss was never finite, so nothing was written: lower --learning-rate")
+        raise InputError("the validation loss was not finite in any epoch; nothing was written: lower --learning-rate")
     print(f"Weights of the best validation loss ({state.best:.4f}): {place}")
     print(folder)
     return 0

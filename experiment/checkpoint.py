@@ -79,7 +79,7 @@ class State:
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise InputError(
                 f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
-                "rate, or with training.precision float32, from best.pt of the run folder where there is one"
+                "rate or training.precision float32, from best.pt of this one where it has one; the last checkpoint stands"
             )
 
     def means(self) -> tuple[float, float, float]:
@@ -373,12 +373,14 @@ def where_best(run: Path | None, weights: str | None) -> str | None:
 
     `run` is None in torchrun's other processes, which don't look.
     """
-    if run is None or (weights is not None and not (run / BEST).exists()):
+    if run is None:
         return weights
+    if weights is None:
+        return str(run / BEST)
     with contextlib.suppress(OSError):  # no such file any more
-        if weights is not None and filecmp.cmp(run / BEST, weights, shallow=False):
+        if filecmp.cmp(run / BEST, weights, shallow=False):
             return weights
-    return f"{run / BEST}" + (f"; {weights} does not hold them" if weights is not None else "")
+    return f"{run / BEST}; {weights} does not hold them"
 
 
 def are_sections(value: object) -> bool:

@@ -163,6 +163,9 @@ class ClassifierSection(Section):
     head: Text | None = None
     maps: Annotated[list[Text], Field(min_length=1)] | None = None
 
+    def describe(self) -> str:
+        return f"{self.architecture}, {self.weights or 'its own weights'}"
+
 
 class DarioNetSection(Section):
     features: Annotated[int, Field(ge=1, le=1024)] = 64

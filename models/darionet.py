@@ -120,7 +120,8 @@ def load_upscalers(
     start = []
     if initial_weights is not None:
         try:
-            start = [path for path in [published_file(initial_weights)] if Path(path).is_file()]
+            path = published_file(initial_weights)
+            start = [path] if Path(path).is_file() else []
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
     # A file that is named twice has its last place: the last row is the one that is looked at.

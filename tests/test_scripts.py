@@ -687,7 +687,7 @@ def test_a_classifier_that_diverges(train_classifier):
     if result.code == 0:  # it did not: then all is finite
         assert "nan" not in result.out
     else:
-        one_line(result, "finite", "learning")  # which to lower, not that something is damaged
+        one_line(result, "not finite", "learning")  # which to lower, not that something is damaged
     if Path("own.pt").exists():
         assert all(torch.isfinite(p).all() for p in open_classifier("resnet18", "own.pt").network.parameters())
 
