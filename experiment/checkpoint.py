@@ -79,7 +79,7 @@ class State:
         if self.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise InputError(
                 f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
-                "rate or training.precision float32, from best.pt of this one where it has one; the last checkpoint stands"
+                "rate or training.precision float32, from this one's best.pt if it has one; the last checkpoint stands"
             )
 
     def means(self) -> tuple[float, float, float]:
