@@ -12,20 +12,14 @@ PHOTOGRAPH := examples/photographs/free/n02167151/9a1c67f467b9beea.jpg
 .NOTPARALLEL:
 
 demo: .venv/installed
-	@python $(SHAPES)/clock.py 1
 	python $(SHAPES)/draw.py
 	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
 	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
-	@python $(SHAPES)/clock.py 2
 	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --learning-rate 0.2 \
 		--label-smoothing 0.1
-	@python $(SHAPES)/clock.py 3
 	python train_darionet.py --parameters $(SHAPES)/pixels.json
-	@python $(SHAPES)/clock.py 4
 	python train_darionet.py --parameters $(SHAPES)/parameters.json
-	@python $(SHAPES)/clock.py 5
 	python test.py --parameters $(SHAPES)/parameters.json
-	@python $(SHAPES)/clock.py 6
 	python try_darionet.py --parameters $(SHAPES)/parameters.json $(SHAPES)/data/val_original/rings/0000.png
 	python try_darionet.py --parameters examples/photographs/parameters.json $(PHOTOGRAPH)
 	@echo

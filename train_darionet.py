@@ -281,7 +281,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     t, training, d = parameters.transformations, parameters.training, parameters.darionet
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
-    print(f"DarioNet: {size}, from {d.initial_weights or 'random weights'}")
+    print(f"DarioNet: {size}, from {d.initial_weights or 'nothing: it starts as a plain enlargement'}")
     for classifier in parameters.classifier:
         print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")

@@ -74,7 +74,7 @@ def build_darionet(
     device: torch.device | str = "cpu",
     memory_format: torch.memory_format | None = None,
 ) -> RRDBNet:
-    """A DarioNet to be trained: of the size asked for, from `initial_weights`, or random where that is None.
+    """A DarioNet to be trained: of the size asked for, from `initial_weights`, or as an enlargement if that is None.
 
     `initial_weights` is a file, or a name that models/published.py knows, which is downloaded once.
 
@@ -88,7 +88,7 @@ def build_darionet(
             raise InputError(
                 f"{initial_weights}: no such weights file (darionet.initial_weights); README.md says where to get "
                 f"ESRGAN's, or how to train on pixels in their place; {' and '.join(URLS)} are downloaded by name; "
-                "null starts from random weights"
+                "null starts as a plain enlargement"
             )
         weights = load_generator(initial_weights)
         found = generator_size(weights)

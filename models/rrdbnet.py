@@ -13,6 +13,7 @@ from models.fast import DenseBlock
 RESIDUAL_SCALE = 0.2  # section 3.1 of the paper: residuals are scaled down so that a deep generator stays stable
 NEGATIVE_SLOPE = 0.2  # of every LeakyReLU, as in the published weights
 INITIAL_SCALE = 0.1  # supplementary material of the paper: dense blocks start from a tenth of Kaiming's initialisation
+UNSEEN = 1e-7  # initial scale of what is added to the enlargement: too small to show, but gradients pass
 
 
 class ResidualDenseBlock(nn.Module):
@@ -70,7 +71,8 @@ class RRDBNet(nn.Module):
         recompute: True keeps only the input of each of the `blocks` for the backward pass, which computes the rest
             again: a fraction of the memory for about a third more work.
 
-    The published networks are 64, 23, 32: 16 697 987 parameters.
+    The published networks are 64, 23, 32: 16 697 987 parameters. Random weights start as an enlargement, bilinear twice
+    x2, if there are at least three features to carry the colours.
     """
 
     def __init__(self, features: int = 64, blocks: int = 23, growth: int = 32):
@@ -83,6 +85,23 @@ class RRDBNet(nn.Module):
         self.upconv2 = nn.Conv2d(features, features, 3, padding=1)
         self.HRconv = nn.Conv2d(features, features, 3, padding=1)
         self.conv_last = nn.Conv2d(features, 3, 3, padding=1)
+        if features >= 3:
+            self.start_as_enlargement()
+
+    @torch.no_grad()
+    def start_as_enlargement(self) -> None:
+        """Has the first three features carry red, green and blue past the trunk to the output."""
+        for conv in (self.trunk_conv, self.conv_last):
+            conv.weight[:3] *= UNSEEN
+            conv.bias[:3] = 0
+        tap = F.pad(torch.ones(1, 1), (1, 1, 1, 1))
+        tent = torch.tensor([[1.0, 2.0, 1.0]]) / 4
+        kernels = {"conv_first": tap, "upconv1": tent.T * tent, "upconv2": tent.T * tent, "HRconv": tap}
+        for name, kernel in kernels.items():
+            conv = self.get_submodule(name)
+            conv.weight[:3] = conv.bias[:3] = 0
+            conv.weight[range(3), range(3)] = kernel  # after nearest x2 the tent makes bilinear x2
+        self.conv_last.weight[range(3), range(3)] = tap
 
     def forward(self, small: Tensor) -> Tensor:
         """(N,3,h,w) float in [0,1] -> (N,3,4h,4w); computed in the memory order of the weights."""

@@ -97,8 +97,6 @@ def test_onnx_of_the_whole_chain(start, trained):
     classifier = {"architecture": "network.py:network", "weights": "network.pt"}
     namespace: dict = {}
     exec(NETWORK, namespace)
-    weights = torch.load("DarioNet.pt")
-    save_file(weights | {"conv_last.weight": 50 * weights["conv_last.weight"]}, "DarioNet.pt")  # a colourful image
     network = namespace["network"]().eval()
     torch.save(network.state_dict(), "network.pt")
     write_parameters(Path("parameters.json"), classifier=classifier)

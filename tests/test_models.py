@@ -114,6 +114,23 @@ def test_four_times_larger_at_any_size(size):
     assert out.shape == (2, 3, 4 * size[0], 4 * size[1])
 
 
+@pytest.mark.parametrize("size", [(64, 23, 32), (32, 3, 16), (3, 1, 4)])
+def test_random_weights_start_as_an_enlargement(size):
+    torch.manual_seed(0)
+    small = torch.rand(2, 3, 12, 16)
+    network = RRDBNet(*size)
+    rebuilt = network(small)
+    twice = F.interpolate(F.interpolate(small, scale_factor=2, mode="bilinear"), scale_factor=2, mode="bilinear")
+    inside = (..., slice(4, -4), slice(4, -4))  # beyond the border convolutions see zeros
+    assert (rebuilt - twice)[inside].abs().max() < 1e-5
+    (rebuilt - torch.rand_like(rebuilt)).abs().mean().backward()
+    assert all(parameter.grad.any() for parameter in network.parameters())
+
+
+def test_too_few_features_for_the_colours_start_at_random():
+    assert RRDBNet(2, 1, 2)(torch.rand(1, 3, 5, 5)).shape == (1, 3, 20, 20)
+
+
 def test_dense_block_against_its_formula():
     torch.manual_seed(0)
     block = RRDBNet(4, 1, 2).double().RRDB_trunk[0].RDB1

@@ -1,8 +1,7 @@
-"""The demo's clock, the README's first picture, and its lines of Python."""
+"""The README's first picture, and its lines of Python."""
 
 import ast
 import re
-import time
 
 import pytest
 import torch
@@ -10,37 +9,6 @@ from conftest import ROOT, draw
 from PIL import Image
 
 from models.rrdbnet import RRDBNet
-
-
-def test_the_clock_learns_from_the_steps(start, monkeypatch, tmp_path):
-    """A machine that needs 0.1 s a training step; then it proves half as fast."""
-    from examples.shapes import clock
-
-    now = [1000.0]
-    monkeypatch.setattr(clock, "CLOCK", tmp_path / "output" / "clock.json")
-    monkeypatch.setattr(clock, "STEPS", {"a": (100, 0), "b": (1150, 5), "c": (1800, 0), "d": (500, 10)})
-    monkeypatch.setattr(clock, "seconds_of_a_step", lambda runtime: 0.1)
-    monkeypatch.setattr(time, "time", lambda: now[0])
-    said = []
-    monkeypatch.setattr("builtins.print", lambda text, **options: said.append(text))
-    for number, moment in ((1, 0), (2, 10), (3, 260), (4, 620)):
-        now[0] = 1000.0 + moment
-        monkeypatch.setattr("sys.argv", ["clock.py", str(number)])
-        clock.main()
-    minutes = [re.findall(r"about (\d+) min|(less) than", text) for text in said]
-    assert [[a or b for a, b in found] for found in minutes] == [
-        ["less", "6", "6"],  # 10 + 120 + 180 + 60 seconds
-        ["2", "6", "6"],
-        ["6", "12", "8"],  # twice as long as thought: 260 of 130 seconds
-        ["2", "12", "2"],
-    ]
-
-
-def test_a_step_of_the_clock_is_measured():
-    from examples.shapes.clock import seconds_of_a_step
-    from experiment.runtime import start_runtime
-
-    assert 0 < seconds_of_a_step(start_runtime("auto")) < 4
 
 
 def test_the_first_picture(tmp_path, monkeypatch):

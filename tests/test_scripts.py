@@ -63,7 +63,7 @@ def test_training_writes_everything(start, experiment):
     RRDBNet(8, 1, 4).load_state_dict(weights)
     assert same_state(weights, torch.load(folder / "best.pt", weights_only=True))
     assert json.loads(Path("DarioNet.pt.json").read_text())["scale"] == 0.32
-    assert "12 in train" in result.out and "6 in val" in result.out and "random weights" in result.out
+    assert "12 in train" in result.out and "6 in val" in result.out and "starts as a plain enlargement" in result.out
     resolved = json.loads((folder / "parameters.json").read_text())
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
 
