@@ -56,6 +56,8 @@ def random_network(features: int, blocks: int, growth: int, seed: int = 0) -> RR
                 parameter.normal_(std=0.1)
             elif ".RDB" in name:
                 parameter.mul_(5)
+            else:  # the untrained network shows nothing of its trunk
+                nn.init.kaiming_normal_(parameter)
     return network
 
 

@@ -19,7 +19,7 @@ import sys
 import threading
 from pathlib import Path
 
-from experiment.checkpoint import load_checkpoint
+from experiment.run import load_checkpoint
 from experiment.data import ImageTree, Loader, Transform, epoch_batches
 from experiment.evaluation import Evaluation, evaluate, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -96,7 +97,8 @@ TERMS: dict[str, Callable[[Compared], Tensor]] = {
 }
 
 
-class Losses(NamedTuple):
+@dataclass
+class Losses:
     """Of a batch: the mean weighted `total` carries the gradient."""
 
     total: Tensor  # ()

@@ -148,7 +148,9 @@ class Run:
             states = {name: to_cpu(thing.state_dict()) for name, thing in self.remembered().items()}
             finished = self.state.epoch >= self.training["epochs"]
             resolved = json.dumps({"parameters": self.parameters} | self.shared)
-            save_checkpoint(self.folder, states | asdict(self.state) | {"resolved": resolved, "finished": finished})
+            save_checkpoint(
+                self.folder, states | {"state": asdict(self.state), "resolved": resolved, "finished": finished}
+            )
         self.saved_at = time.monotonic()
 
     def load(self) -> None:
@@ -157,7 +159,7 @@ class Run:
         refuse_changes(resolved, {"parameters": self.parameters} | self.shared)
         for name, thing in self.remembered().items():
             thing.load_state_dict(checkpoint[name])
-        self.state = State(**{name: checkpoint[name] for name in asdict(self.state)})
+        self.state = State(**checkpoint["state"])
         was, now = resolved["parameters"]["training"]["epochs"], self.training["epochs"]
         if now < self.state.epoch:
             raise InputError(f"training.epochs {now}: the run has finished {self.state.epoch}: give more")

@@ -28,7 +28,7 @@ from warm import (
 
 import experiment.checkpoint
 import experiment.distillation
-from experiment.checkpoint import FILE, is_whole
+from experiment.run import FILE, is_whole
 
 PHASES = ("parameters are read", "networks are built", "workers start", "training", "validation", "saving")
 LONGEST = 10  # seconds from the signal to the end

@@ -9,7 +9,7 @@ import torch
 from conftest import one_line
 
 from experiment import distillation
-from experiment.checkpoint import FILE, PREVIOUS, is_whole, load_checkpoint
+from experiment.run import FILE, PREVIOUS, is_whole, load_checkpoint
 
 BAD = [math.nan, math.inf, -math.inf]
 
