@@ -63,12 +63,12 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import build_darionet, prepare, write_note
+from models.darionet import build_darionet, to_device
 from models.errors import InputError
 from models.files import remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import RandomReduction, Reduction
-from models.weights import refuse_unwritable_weights, save_file
+from models.weights import refuse_unwritable_weights, save_weights
 
 SAMPLES = 6  # validation images in the strip of every epoch
 
@@ -225,10 +225,8 @@ def main() -> int:
                 row, improved = state.end_epoch(learning_rate_at((epoch + 1) * epoch_steps - 1, *schedule), scores)
                 if runtime.is_main:
                     if improved:
-                        weights = to_cpu(evaluated.state_dict())
                         for path in [folder / BEST] + ([Path(d.weights)] if training.save else []):
-                            save_file(weights, path)
-                            write_note(path, note(parameters, reduction, folder))
+                            save_weights(evaluated, path, note(parameters, reduction, folder))
                     write_csv(folder / "history.csv", state.history)
                     plots.training_curves(state.history, folder / "curves.png")
                     sample = Pipeline(OURS, teachers[0], reduction, evaluated_restore)
@@ -260,7 +258,7 @@ def main() -> int:
 
 def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> FrozenClassifier:
     """A classifier on the device, known to read the crops of training and validation."""
-    classifier = prepare(open_classifier(**arguments), runtime.device)
+    classifier = to_device(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
         classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
@@ -292,7 +290,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
 
 
 def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
-    """What the weights were trained for; stands beside them, so that others can say when their input differs."""
+    """What the weights were trained for, written with them, so that others can say when their input differs."""
     return {
         **reduction.note(),
         "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],

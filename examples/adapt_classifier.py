@@ -56,7 +56,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, open_classifier, save_classifier
-from models.darionet import prepare, write_note
+from models.darionet import to_device
 from models.errors import InputError
 from models.scaler import RandomReduction, Reduction
 from models.weights import refuse_unwritable_weights
@@ -94,7 +94,7 @@ def main() -> int:
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         teacher = open_classifier(**parameters.classifier[0].model_dump())
-        prepare(teacher, runtime.device)
+        to_device(teacher, runtime.device)
         for key in ("train_crop_size", "val_crop_size"):
             teacher.require(getattr(t, key), f"transformations.{key}")
         targets = val_set.targets(teacher.class_names)
@@ -212,7 +212,6 @@ def main() -> int:
             if improved:
                 names = {"architecture": parameters.classifier[0].architecture}
                 names |= {"mean": evaluated.mean.flatten().tolist(), "std": evaluated.std.flatten().tolist()}
-                save_classifier(evaluated.network, evaluated.class_names, output, **names)
                 note = {
                     **reduction.note(),
                     "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
@@ -221,7 +220,7 @@ def main() -> int:
                     "loss": weights,
                     "run": str(folder),
                 }
-                write_note(output, note)
+                save_classifier(evaluated.network, evaluated.class_names, output, **names, trained_for=note)
             write_csv(folder / "history.csv", state.history)
             remember()
             saved = time.monotonic()

@@ -49,7 +49,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
-from models.darionet import prepare
+from models.darionet import to_device
 from models.errors import InputError
 from models.weights import refuse_unwritable_weights
 
@@ -101,7 +101,7 @@ def main() -> int:
         frozen = FrozenClassifier(copy.deepcopy(network), class_names)
         for key in ("train_crop_size", "val_crop_size"):
             frozen.require(getattr(t, key), f"transformations.{key}")
-        prepare(network, runtime.device)
+        to_device(network, runtime.device)
         mean = torch.tensor(IMAGENET_MEAN, device=runtime.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=runtime.device).view(1, 3, 1, 1)
         optimizer = torch.optim.SGD(
