@@ -55,10 +55,11 @@ from experiment.runtime import (
     start_runtime,
 )
 from models.classifier import FrozenClassifier, noted_architecture, open_classifier
-from models.darionet import load_upscalers, other_input, prepare, trained_for
+from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import Reduction, reduced_length
+from models.weights import trained_for
 
 SHOWN = 6  # images in a sheet of reconstructions
 
@@ -92,7 +93,7 @@ def main() -> int:
         dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, d.initial_weights, runtime.device)
-        classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
+        classifier = to_device(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
         classifier.require(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         rivals = {}
@@ -187,7 +188,7 @@ def open_rival(
     adapted = open_classifier(**section.model_dump() | {"weights": path})
     if adapted.class_names != frozen.class_names:
         raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
-    return prepare(adapted, runtime.device), enlarger(
+    return to_device(adapted, runtime.device), enlarger(
         str(trained_for(path).get("enlarge", "bilinear")), reduction, runtime.device
     )
 

@@ -52,7 +52,7 @@ from experiment.runtime import (
 )
 from experiment.sampling import refuse_overlap
 from models.classifier import open_classifier
-from models.darionet import load_upscalers, other_input, other_size, prepare
+from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
 from models.export import export
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
@@ -79,7 +79,7 @@ class Reader:
         networks = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
         self.restores = {BASELINE: Enlarge("bilinear")}  # by the name of the results table's row
         self.restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
-        self.classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), self.runtime.device)
+        self.classifier = to_device(open_classifier(**parameters.classifier[0].model_dump()), self.runtime.device)
         self.classifier.require(t.val_crop_size, "transformations.val_crop_size")
 
     @property

@@ -48,7 +48,7 @@ from experiment.data import Batch, to_float
 from experiment.distillation import distillation_loss, step, validate
 from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier
-from models.darionet import load_rrdbnet, prepare
+from models.darionet import load_rrdbnet, to_device
 from models.rrdbnet import ResidualDenseBlock, RRDBNet
 
 LEARNING_RATE = 1e-5
@@ -233,11 +233,11 @@ def measure(size: tuple[int, int, int], batch: int, arguments, runtime: Runtime,
     started = time.perf_counter()
     classifier = frozen(random_classifier())
     classifier.to(device, memory_format=torch.channels_last)
-    network = prepare(random_network(*size), device, runtime.memory_format)  # as train_darionet.py has it
+    network = to_device(random_network(*size), device, runtime.memory_format)  # as train_darionet.py has it
     network.recompute = arguments.recompute
     plain = Plain(network, classifier, batches, runtime)
     ours = Ours(network, classifier, batches, runtime)
-    tested = Ours(prepare(copy.deepcopy(network), device), classifier, batches, runtime)  # as test.py has it
+    tested = Ours(to_device(copy.deepcopy(network), device), classifier, batches, runtime)  # as test.py has it
     built = time.perf_counter() - started
 
     found: dict[str, float] = {"build_seconds": built}

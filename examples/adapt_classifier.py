@@ -142,7 +142,7 @@ def main() -> int:
                     architecture=parameters.classifier.architecture,
                     mean=evaluated.mean.flatten().tolist(),
                     std=evaluated.std.flatten().tolist(),
-                    note=note,
+                    trained_for=note,
                 )
             print(
                 f"epoch {epoch + 1}/{training.epochs}: loss {row['train_loss']:.4f}; validation loss "

@@ -25,9 +25,9 @@ from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.images import to_image
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
-from models.published import published_file
 from models.rrdbnet import RRDBNet
 from models.scaler import INTERPOLATIONS, Reduction
+from models.weights import published_file
 
 SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
 LONGEST_NAME = 255  # bytes of a file's name
@@ -68,7 +68,7 @@ def make_pipelines(
 
 def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
     """What enlarges the small images that an adapted classifier reads: an interpolation, or an upscaler's weights,
-    a file or a name that models/published.py knows.
+    a file or a name in models.weights.URLS.
 
     Raises:
         InputError: `how` is neither an interpolation nor the weights of an RRDBNet x4.

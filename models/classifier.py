@@ -539,12 +539,14 @@ def save_classifier(
     architecture: str | None = None,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
+    trained_for: dict | None = None,
 ) -> None:
     """Writes what `open_classifier` reads: weights, class names in the order of the scores, and the normalisation of
     the training (per channel, of images in [0,1]).
 
     `network` may be a state dict; the network itself also says what a state dict does not (GoogLeNet's and Inception's
-    transform_input). `architecture` is noted where it is given: torchvision's name, timm/NAME or FILE.py:FUNCTION.
+    transform_input). `architecture` is noted if it is given: torchvision's name, timm/NAME or FILE.py:FUNCTION; so is
+    what the classifier was trained for (see models.weights.trained_for).
 
     Raises:
         InputError: class names or a normalisation that `FrozenClassifier` would refuse.
@@ -553,6 +555,8 @@ def save_classifier(
     contents = {"class_names": checked_class_names(class_names), "mean": mean, "std": std}
     if architecture is not None:
         contents["architecture"] = architecture
+    if trained_for is not None:
+        contents["trained_for"] = trained_for
     if isinstance(network, nn.Module):
         if hasattr(network, "transform_input"):
             contents["transform_input"] = bool(network.transform_input)

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import load_upscalers, trained_for
+from models.darionet import load_upscalers
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.pipeline import Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.weights import generator_size, sha256_of
+from models.weights import generator_size, sha256_of, trained_for
 
 SUFFIXES = (".onnx", ".safetensors")
 SHAPES = ((1, 3, 16, 16), (2, 3, 24, 20), (3, 3, 7, 33), (1, 3, 81, 54), (1, 3, 1, 1))  # at which parity is checked
@@ -71,9 +71,9 @@ class Chain(nn.Module):
 def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
     """What is said beside the parameters: size of the network, where they come from, what they were trained for."""
     sizes = zip(("features", "blocks", "growth"), map(str, generator_size(network.state_dict())), strict=True)
-    note = {key: value for key, value in trained_for(weights).items() if key != "sha256"}
+    note = trained_for(weights)
     about = {"architecture": "RRDBNet", **dict(sizes), "upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]"}
-    about |= {"source": Path(weights).name, "source_sha256": sha256_of(Path(weights))}
+    about |= {"source": Path(weights).name, "source_sha256": sha256_of(weights)}
     return about | ({"trained_for": json.dumps(note)} if note else {})
 
 

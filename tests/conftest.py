@@ -17,8 +17,8 @@ from torchvision.models import get_model
 from experiment import plots
 from experiment.parameters import run_script
 from models.classifier import save_classifier
-from models.darionet import write_note
 from models.rrdbnet import RRDBNet
+from models.weights import save_weights
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["checks", "discs", "stripes"]
@@ -134,8 +134,7 @@ def experiment(tmp_path, monkeypatch) -> Path:
 def trained(experiment) -> Path:
     """The same with (random) weights of a DarioNet."""
     torch.manual_seed(1)
-    torch.save(RRDBNet(8, 1, 4).state_dict(), experiment / "DarioNet.pt")
-    write_note("DarioNet.pt", {"loss": {"logits": 1.0}})
+    save_weights(RRDBNet(8, 1, 4), experiment / "DarioNet.pt", {"loss": {"logits": 1.0}})
     return experiment
 
 

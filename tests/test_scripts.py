@@ -16,8 +16,9 @@ from PIL import Image
 from torchvision.models import get_model
 
 from models.classifier import open_classifier, save_classifier
-from models.darionet import load_upscalers, write_note
+from models.darionet import load_upscalers
 from models.rrdbnet import RRDBNet
+from models.weights import load_generator, save_weights, trained_for
 
 
 def last_line(result) -> Path:
@@ -54,15 +55,15 @@ def test_training_writes_everything(start, experiment):
     names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     samples = {"samples/epoch_01.png", "samples/epoch_02.png"}
     checkpoints = {"checkpoint.pt", "checkpoint_previous.pt"}
-    assert names == {"parameters.json", "history.csv", "best.pt", "best.pt.json", "curves.png"} | checkpoints | samples
+    assert names == {"parameters.json", "history.csv", "best.pt", "curves.png"} | checkpoints | samples
     history = read_csv(folder / "history.csv")
     assert [row["epoch"] for row in history] == ["1", "2"]
     best = min(float(row["val_loss"]) for row in history)
     assert checkpoint(folder)["state"]["best"] == best
     weights = torch.load("DarioNet.pt", weights_only=True)
-    RRDBNet(8, 1, 4).load_state_dict(weights)
+    RRDBNet(8, 1, 4).load_state_dict(weights["params"])
     assert same_state(weights, torch.load(folder / "best.pt", weights_only=True))
-    assert json.loads(Path("DarioNet.pt.json").read_text())["scale"] == 0.32
+    assert weights["trained_for"]["scale"] == 0.32 and weights["trained_for"]["run"] == str(folder)
     assert "12 in train" in result.out and "6 in val" in result.out and "starts as a plain enlargement" in result.out
     resolved = json.loads((folder / "parameters.json").read_text())
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
@@ -256,7 +257,7 @@ def test_any_frozen_classifier_and_transfer(start, experiment):
     folders = ["--set", "data.train=photographs", "--set", "data.val=photographs", "--set", "training.epochs=1"]
     result = start("train_darionet", *own, *folders)
     assert result.code == 0, result.err
-    assert json.loads(Path("DarioNet.pt.json").read_text())["classifier"]["weights"] == "mine.pt"
+    assert trained_for("DarioNet.pt")["classifier"]["weights"] == "mine.pt"
     mine_alone = json.loads((last_line(start("test", *own)) / "results.json").read_text())
     transferred = json.loads((last_line(start("test", "--classifier", "mine.pt")) / "results.json").read_text())
     other = json.loads((last_line(start("test", "--classifier", "classifier.pt")) / "results.json").read_text())
@@ -270,9 +271,9 @@ def test_any_frozen_classifier_and_transfer(start, experiment):
 
 
 def test_try_one_image(start, trained):
-    torch.save(RRDBNet(8, 1, 4).state_dict(), "RRDB.pth")
+    torch.save(RRDBNet(8, 1, 4).state_dict(), "ESRGAN_x4.pth")
     draw("checks", 5, 90).save("my image.jpg")
-    result = start("try_darionet", "my image.jpg", "--set", "darionet.initial_weights=RRDB.pth")
+    result = start("try_darionet", "my image.jpg", "--set", "darionet.initial_weights=ESRGAN_x4.pth")
     assert result.code == 0, result.err
     folder = last_line(result)
     assert folder.name.startswith("try_") and folder.name.endswith("_my_image")
@@ -291,13 +292,16 @@ def test_try_one_image(start, trained):
 
 @pytest.mark.usefixtures("no_figures")
 def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
-    write_note("DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True})
+    save_weights(
+        load_generator("DarioNet.pt"), "DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True}
+    )
     draw("checks", 5).save("a.png")
     for call in (["test"], ["try_darionet", "a.png"]):
         assert "trained for scale 0.5, not 0.32, antialias True, not False" in start(*call).out
         matching = ["--set", "transformations.scale=0.5", "--set", "transformations.antialias=true"]
         assert "trained for" not in start(*call, *matching).out
-    Path("DarioNet.pt.json").write_text("[")
+    torch.save(load_generator("DarioNet.pt"), "DarioNet.pt")
+    Path("DarioNet.pt.json").write_text("[")  # where earlier versions wrote the note
     one_line(start("test"), "DarioNet.pt.json", "remove it")
 
 
@@ -447,12 +451,16 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
 
 
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
-    write_note("DarioNet.pt", {"scale": 0.32})
+    save_weights(load_generator("DarioNet.pt"), "DarioNet.pt", {"scale": 0.32})
     for side, said in ((10, False), (20, True)):
         draw("discs", 1, side).save("icon.png")
         result = start("try_darionet", "--small", "icon.png")
         assert ("trained for small images of 10 pixels, not 20" in result.out) == said
-    write_note("DarioNet.pt", {"scale": 0.32, "random_reduction": {"scale": [0.3, 0.7], "antialias": [False, True]}})
+    save_weights(
+        load_generator("DarioNet.pt"),
+        "DarioNet.pt",
+        {"scale": 0.32, "random_reduction": {"scale": [0.3, 0.7], "antialias": [False, True]}},
+    )
     assert "trained for" not in start("try_darionet", "--small", "icon.png").out
     draw("discs", 1).save("large.png")
     for setting, said in (("scale=0.6", False), ("antialias=true", False), ("scale=0.2", True)):
@@ -611,9 +619,8 @@ def test_a_rival_from_training_to_the_table(adapt, start, trained):
     moved = {k for k, v in original.network.state_dict().items() if not v.equal(adapted.network.state_dict()[k])}
     assert moved == {name for name, _ in original.network.named_parameters()}, "BatchNorm's statistics stay"
 
-    for name in ("same.pth", "rebuilds.pth"):
-        save_classifier(original.network, CLASSES, name, mean=[0.5] * 3, std=[0.5] * 3)
-    write_note("rebuilds.pth", {"enlarge": "DarioNet.pt", "scale": 0.5})
+    for name, note in (("same.pth", None), ("rebuilds.pth", {"enlarge": "DarioNet.pt", "scale": 0.5})):
+        save_classifier(original.network, CLASSES, name, mean=[0.5] * 3, std=[0.5] * 3, trained_for=note)
     names = {"Adapted": "adapted.pth", "Same": "same.pth", "Rebuilds": "rebuilds.pth"}
     result = start("test", *own, *(part for pair in names.items() for part in ("--rival", *pair)))
     assert result.code == 0, result.err
@@ -719,13 +726,12 @@ def test_figures_of_a_test_folder_that_went_away(start, trained, monkeypatch):
 
 
 def test_scores_that_overflow_make_no_row(start, trained):
-    state = torch.load("DarioNet.pt", weights_only=True)
+    state = load_generator("DarioNet.pt")
     for key in ("HRconv.weight", "conv_last.weight"):
         state[key].fill_(3e38)
     state["conv_last.weight"][:, ::2] *= -1  # infinite minus infinite is no number
     state["HRconv.bias"].fill_(3e38)
-    torch.save(state, "DarioNet.pt")
-    write_note("DarioNet.pt", {"loss": {"logits": 1.0}})
+    save_weights(state, "DarioNet.pt", {"loss": {"logits": 1.0}})
     draw("discs", 1).save("a.png")
     one_line(start("test"), "the scores on the images of DarioNet are not finite")
     one_line(start("try_darionet", "a.png"), "are not finite")
@@ -734,15 +740,15 @@ def test_scores_that_overflow_make_no_row(start, trained):
 
 @pytest.mark.usefixtures("no_figures")
 def test_rows_are_named_for_what_they_are(start, trained):
-    """Plain ESRGAN alone, and two DarioNets under their files' names."""
+    """Weights of unknown origin, ESRGAN's, and two DarioNets under their files' names."""
     torch.manual_seed(3)
-    torch.save(RRDBNet(8, 1, 4).state_dict(), "plain.pth")
-    torch.save(RRDBNet(8, 1, 4).state_dict(), "B.pt")
-    write_note("B.pt", {"loss": {"logits": 1.0}})
+    for name in ("plain.pth", "RRDB_ESRGAN_small.pth"):
+        torch.save(RRDBNet(8, 1, 4).state_dict(), name)
+    save_weights(RRDBNet(8, 1, 4), "B.pt", {"loss": {"logits": 1.0}})
     for options, names in (
-        (["--weights", "plain.pth"], ["ESRGAN"]),
+        (["--weights", "plain.pth"], ["plain"]),
         (["--weights", "DarioNet.pt", "B.pt"], ["DarioNet", "B"]),
-        (["--weights", "plain.pth", "B.pt"], ["ESRGAN", "DarioNet"]),
+        (["--weights", "RRDB_ESRGAN_small.pth", "B.pt"], ["ESRGAN", "DarioNet"]),
     ):
         result = start("test", *options)
         assert result.code == 0, result.err
@@ -789,7 +795,6 @@ def test_a_thumbnail_that_is_taken_for_a_photograph(start, trained):
 def test_without_weights_of_ones_own_the_shipped_network_is_taken(start, trained, monkeypatch):
     """The example as a whole: its parameters, its classifier, its weights."""
     Path("DarioNet.pt").rename("shipped.pt")
-    Path("DarioNet.pt.json").rename("shipped.pt.json")
     values = json.loads(Path("parameters.json").read_text())
     values["transformations"]["scale"] = 0.5
     values["darionet"]["weights"] = "shipped.pt"
