@@ -37,7 +37,7 @@ from experiment.checkpoint import (
     to_cpu,
     where_best,
 )
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import (
     distillation_loss,
     ema_update,
@@ -94,7 +94,7 @@ def main() -> int:
         runtime = start_runtime(training.precision)
         seed_without_tf32(training.seed)
         is_cuda = runtime.device.type == "cuda"
-        loader = partial(Loader, workers=data.workers, pin_memory=is_cuda)
+        read = partial(batches, workers=data.workers, pin_memory=is_cuda, stopper=stopper)
         flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
 
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
@@ -170,7 +170,7 @@ def main() -> int:
                 bar = progress_bar(epoch_steps, title, training.verbose, initial=state.batch)
                 started = time.perf_counter()
                 with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
-                    for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
+                    for batch in read(train_set, list(map(runtime.part, left))):
                         key = f"{training.seed}/{epoch}/{state.batch}"
                         reduce = reduction if random is None else random.drawn(key, batch.indices.tolist())
                         done = step(
@@ -210,11 +210,11 @@ def main() -> int:
                     break
 
                 # Validation, and what an epoch leaves
-                batches = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
-                with progress_bar(len(batches), "validation", training.verbose, leave=False) as bar:
+                val_lists = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
+                with progress_bar(len(val_lists), "validation", training.verbose, leave=False) as bar:
                     scores = validate(
                         lambda images, _: loss(images, reduction(images), evaluated_restore, with_logits=True),
-                        loader(val_set, runtime.part(batches)),
+                        read(val_set, runtime.part(val_lists)),
                         targets,
                         runtime,
                         stopper,

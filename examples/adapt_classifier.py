@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from experiment.checkpoint import State, load_checkpoint, refuse_changes, run_to_resume, save_checkpoint, to_cpu
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
+from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.distillation import (
     TERMS,
     Losses,
@@ -90,7 +90,8 @@ def main() -> int:
         if runtime.processes > 1:
             raise InputError("one process adapts a classifier: start it with python, not with torchrun")
         seed_without_tf32(training.seed)
-        loader = partial(Loader, workers=data.workers, pin_memory=runtime.device.type == "cuda")
+        is_cuda = runtime.device.type == "cuda"
+        read = partial(batches, workers=data.workers, pin_memory=is_cuda, stopper=stopper)
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         teacher = open_classifier(**parameters.classifier[0].model_dump())
@@ -166,7 +167,7 @@ def main() -> int:
             )
             started = time.perf_counter()
             with bar, out_of_memory_is_one_line(runtime, size, "training.batch_size"):
-                for batch in batches_until_stopped(loader(train_set, left), stopper):
+                for batch in read(train_set, left):
                     done = step(
                         batch,
                         partial(loss, reader=student, key=f"{training.seed}/{epoch}/{state.batch}"),
@@ -202,10 +203,10 @@ def main() -> int:
                 break
 
             # Validation, and what an epoch leaves
-            batches = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
-            with progress_bar(len(batches), "validation", training.verbose, leave=False) as bar:
+            val_lists = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
+            with progress_bar(len(val_lists), "validation", training.verbose, leave=False) as bar:
                 reads = partial(loss, reader=evaluated)
-                scores = validate(reads, loader(val_set, batches), targets, runtime, stopper, bar)
+                scores = validate(reads, read(val_set, val_lists), targets, runtime, stopper, bar)
             if scores is None:
                 break
             row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)

@@ -34,7 +34,7 @@ from experiment.checkpoint import (
     save_checkpoint,
     to_cpu,
 )
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
+from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.distillation import Losses, learning_rate_at, refuse_unreadable, step, validate
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
@@ -164,7 +164,7 @@ def main() -> int:
             )
             started = time.perf_counter()
             with bar, out_of_memory_is_one_line(runtime, arguments.batch_size, "--batch-size"):
-                for batch in batches_until_stopped(Loader(train_set, left, data.workers, False), stopper):
+                for batch in batches(train_set, left, data.workers, stopper=stopper):
                     if len(batch.images) == 1:  # BatchNorm needs two
                         batch = batch._replace(images=batch.images[:0])
                     done = step(
@@ -199,10 +199,10 @@ def main() -> int:
             if not all(value.isfinite().all() for value in network.state_dict().values()):  # BatchNorm's means as well
                 raise InputError("the network's values are not finite any more: start a new run, lower --learning-rate")
             network.eval()
-            batches = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
-            with progress_bar(len(batches), "validation", leave=False) as bar:
-                loader = Loader(val_set, batches, data.workers, False)
-                scores = validate(loss, loader, val_targets, runtime, stopper, bar)
+            val_lists = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
+            with progress_bar(len(val_lists), "validation", leave=False) as bar:
+                arriving = batches(val_set, val_lists, data.workers, stopper=stopper)
+                scores = validate(loss, arriving, val_targets, runtime, stopper, bar)
             if scores is None:
                 break
             row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from experiment.data import NO_LABEL, Batch, ImageTree, Loader, batches_until_stopped, to_float
+from experiment.data import NO_LABEL, Batch, ImageTree, to_float
 from experiment.metrics import require_finite
 from experiment.runtime import Runtime, Stopper
 from models.classifier import FrozenClassifier, Look
@@ -250,7 +250,7 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
 @torch.no_grad()
 def validate(
     loss: Callable[[Tensor, Tensor], Losses],
-    loader: Loader,
+    arriving: Iterable[Batch],
     targets: list[int],
     runtime: Runtime,
     stopper: Stopper,
@@ -259,14 +259,14 @@ def validate(
     """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None where a signal asked to stop.
 
     `loss` is as for `step`, and gives the logits too (`with_logits`). Accuracy is None without labels. Under torchrun
-    the loader has this process's part; the scores are those of all.
+    this process's part arrives; the scores are those of all.
 
     Raises:
         InputError: none of the images could be read, or scores that are not finite.
     """
     count = right = labelled = agreeing = unreadable = 0
     total = psnr = 0.0
-    for batch in batches_until_stopped(loader, stopper):
+    for batch in arriving:
         unreadable += len(batch.unreadable)
         n = len(batch.images)
         if n:
