@@ -23,7 +23,7 @@ import torchvision
 from torchvision.models import list_models
 
 from experiment import plots
-from experiment.data import ImageTree, Loader, Transform, UnreadableImage, epoch_batches, to_float
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.evaluation import Evaluation, enlarger, evaluate, joined, make_pipelines
 from experiment.metrics import (
     BASELINE,
@@ -57,6 +57,7 @@ from experiment.runtime import (
 from models.classifier import FrozenClassifier, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
+from models.images import UnreadableImage
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import Reduction, reduced_length
 from models.weights import trained_for
@@ -120,20 +121,21 @@ def main() -> int:
 
         # Evaluation. A limited epoch takes the next batches of one seeded order; whole ones only steady the timing.
         order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": None}
-        batches = epoch_batches(len(dataset), options.batch_size, **order)
+        lists = epoch_batches(len(dataset), options.batch_size, **order)
         result = Evaluation()
         for epoch in range(options.epochs):
             limit = options.batches_per_epoch
-            chosen = batches if limit is None else batches[epoch * limit : (epoch + 1) * limit]
+            chosen = lists if limit is None else lists[epoch * limit : (epoch + 1) * limit]
             chosen = runtime.part(chosen)
-            loader = Loader(dataset, chosen, parameters.data.workers, runtime.device.type == "cuda")
+            is_cuda = runtime.device.type == "cuda"
+            arriving = batches(dataset, chosen, parameters.data.workers, is_cuda, stopper)
             bar = progress_bar(len(chosen), "test", options.verbose)
             with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
                 keep = epoch == 0 or limit is not None
-                evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result, keep)
+                evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep)
             if stopped := agreed_to_stop(runtime, stopper):
                 break
-        result = joined(runtime.gather(result), [dataset.paths[i] for batch in batches for i in batch])
+        result = joined(runtime.gather(result), [dataset.paths[i] for chosen in lists for i in chosen])
         if not runtime.is_main:
             return stopper.code if stopped else 1 if result.unreadable else 0
 

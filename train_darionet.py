@@ -18,13 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from experiment.script import run_script, script_parser
 
 from experiment import plots
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at, validate
 from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard
-from experiment.parameters import Parameters, read_parameters
+from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.run import BEST, Run, run_to_resume
 from experiment.runtime import Runtime, compiled, progress_bar, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier, open_classifier
@@ -59,8 +58,7 @@ def main() -> int:
     if training.save and runtime.is_main:
         refuse_unwritable_weights(d.weights, "darionet.weights")
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-    sections = [parameters.classifier, *training.more_teachers]
-    teachers = [open_teacher(section.model_dump(), parameters, runtime) for section in sections]
+    teachers = [open_teacher(section.model_dump(), parameters, runtime) for section in parameters.classifier]
     targets = val_set.targets(teachers[0].class_names)
     reduction = Reduction(t.scale, t.interpolation, t.antialias)
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
@@ -148,7 +146,7 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     """A classifier on the device, known to read the crops of training and validation."""
     classifier = to_device(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
+        classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
         raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
     return classifier
@@ -166,7 +164,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
     print(f"DarioNet: {size}, from {d.initial_weights or 'nothing: it starts as a plain enlargement'}")
-    for classifier in [parameters.classifier, *training.more_teachers]:
+    for classifier in parameters.classifier:
         print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
@@ -182,7 +180,6 @@ def note_of(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
         **reduction.note(),
         "random_reduction": values["transformations"]["random_reduction"],
         "classifier": values["classifier"],
-        "more_teachers": values["training"]["more_teachers"],
         "loss": values["training"]["loss"],
         "run": str(folder),
     }

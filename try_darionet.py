@@ -30,13 +30,10 @@ from torch import Tensor
 from experiment import plots
 from experiment.data import (
     ImageTree,
-    Loader,
     Transform,
-    UnreadableImage,
     Whole,
+    batches,
     batches_of_one_size,
-    batches_until_stopped,
-    read_image,
     to_float,
 )
 from experiment.evaluation import save_images, saved_as, to_rebuild
@@ -55,6 +52,7 @@ from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
 from models.export import export
+from models.images import UnreadableImage, read_image
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Reduction, reduced_length
 
@@ -332,7 +330,7 @@ def read_folder(
         print(f"{there} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
 
     parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
-    arriving = batches_until_stopped(Loader(dataset, parts, parameters.data.workers, False), stopper)
+    arriving = batches(dataset, parts, parameters.data.workers, stopper=stopper)
     bar = progress_bar(len(chosen), "reading", unit="image")
     try:
         with bar, out_of_memory_is_one_line(reader.runtime, reader.batch_size, "test.batch_size"):

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from benchmarks.correctness import random_network
 from benchmarks.loading import draw
-from experiment.data import ImageTree, Loader, Transform, epoch_batches
+from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.evaluation import Evaluation, evaluate
 from experiment.parameters import Parameters
 from experiment.runtime import Stopper
@@ -117,11 +117,11 @@ def evaluation(reader: Reader, folder: str, workers: int) -> float:
     """Seconds of model time over both variants, as in results.json."""
     crop = reader.t.val_crop_size
     dataset = ImageTree(folder, Transform(crop, crop))
-    batches = epoch_batches(len(dataset), reader.batch_size, seed=0, epoch=0, shuffle=True, limit=None)
-    loader = Loader(dataset, batches, workers, False)
+    lists = epoch_batches(len(dataset), reader.batch_size, seed=0, epoch=0, shuffle=True, limit=None)
+    arriving = batches(dataset, lists, workers)
     pipelines = [reader.pipeline(name, reader.reduction) for name in reader.restores]
     result, targets, bar = Evaluation(), [0] * len(dataset), tqdm(disable=True)
-    evaluate(pipelines, loader, dataset, targets, reader.runtime, Stopper(), bar, result, keep_rows=False)
+    evaluate(pipelines, arriving, dataset, targets, reader.runtime, Stopper(), bar, result, keep_rows=False)
     return sum(result.seconds.values())
 
 

@@ -21,12 +21,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import torch
-from experiment.script import run_script, script_parser
 
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at, validate
 from experiment.evaluation import enlarger
-from experiment.parameters import read_parameters
+from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.run import Run, run_to_resume
 from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
 from models.classifier import open_classifier, save_classifier
@@ -54,7 +53,7 @@ def main() -> int:
     parameters = read_parameters(arguments.parameters or default, arguments.set)
     t, training, data = parameters.transformations, parameters.training, parameters.data
     output, enlarge = arguments.output, arguments.enlarge
-    refuse_output(output, {"classifier.weights": parameters.classifier.weights, "--enlarge": enlarge})
+    refuse_output(output, {"classifier.weights": parameters.classifier[0].weights, "--enlarge": enlarge})
     weights = {name: weight for name, weight in training.loss.model_dump().items() if weight and name != "pixels"}
     if not weights:
         raise InputError("training.loss: pixels alone teach a classifier nothing: set logits, as in logits 1")
@@ -63,9 +62,9 @@ def main() -> int:
         raise InputError("one process adapts a classifier: start it with python, not with torchrun")
     seed_without_tf32(training.seed)
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-    teacher = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
+    teacher = to_device(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        teacher.check(getattr(t, key), f"transformations.{key}")
+        teacher.require(getattr(t, key), f"transformations.{key}")
     targets = val_set.targets(teacher.class_names)
     student = copy.deepcopy(teacher).requires_grad_(True)  # like every FrozenClassifier it stays in evaluation mode
     average = None if training.ema_decay is None else copy.deepcopy(student)
@@ -91,7 +90,7 @@ def main() -> int:
         "classifier_weights": teacher.fingerprint(),
     }
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-    print(f"A copy of {parameters.classifier.architecture} learns to read small images, enlarged: {enlarge}")
+    print(f"A copy of {parameters.classifier[0].architecture} learns to read small images, enlarged: {enlarge}")
     print(f"Images: {len(train_set)} in {train_set.root}; validation: {len(val_set)} in {val_set.root}")
     print(f"Reduction: {random or reduction}; loss: {terms}; Adam, learning rate {training.learning_rate:g}")
     print(f"{training.epochs} epochs, batch size {size}; {runtime.describe()}")
@@ -131,7 +130,7 @@ def main() -> int:
                     **reduction.note(),
                     "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
                     "enlarge": enlarge,
-                    "classifier": parameters.classifier.model_dump(),
+                    "classifier": parameters.classifier[0].model_dump(),
                     "loss": weights,
                     "run": str(run.folder),
                 }
@@ -139,7 +138,7 @@ def main() -> int:
                     evaluated.network,
                     evaluated.class_names,
                     output,
-                    architecture=parameters.classifier.architecture,
+                    architecture=parameters.classifier[0].architecture,
                     mean=evaluated.mean.flatten().tolist(),
                     std=evaluated.std.flatten().tolist(),
                     trained_for=note,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experiment import plots
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.metrics import (
     BASELINE,
     ORIGINAL,
@@ -77,13 +77,13 @@ def main() -> int:
     scales = arguments.scales or [t.scale]
     reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
     limit = options.batches_per_epoch
-    batches = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
+    lists = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
 
     right = {key: {name: [] for name in restores} for key in reductions}  # 1 for every image read correctly, else 0
     original, unreadable = [], 0
-    loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
-    with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose) as bar:
-        for batch in batches_until_stopped(loader, stopper):
+    is_cuda = runtime.device.type == "cuda"
+    with Stopper() as stopper, progress_bar(len(lists), "degradation", options.verbose) as bar:
+        for batch in batches(dataset, lists, parameters.data.workers, is_cuda, stopper):
             unreadable += len(batch.unreadable)
             if len(batch.images):
                 images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)

@@ -16,14 +16,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import torch
-from experiment.script import run_script, script_parser
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models import get_model
 from torchvision.transforms import v2
 
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
-from experiment.parameters import read_parameters
+from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.run import claimed
 from experiment.runtime import duration, progress_bar, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier, published_weights, save_classifier
@@ -49,7 +48,7 @@ def main() -> None:
     for option, (low, high) in limits.items():
         if not low <= (value := getattr(arguments, option)) <= high:
             raise InputError(f"--{option.replace('_', '-')} {value}: has to be from {low:g} to {high:g}")
-    name, output = parameters.classifier.architecture, parameters.classifier.weights
+    name, output = parameters.classifier[0].architecture, parameters.classifier[0].weights
     if output is None or output in published_weights(name):
         raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
     refuse_unwritable_weights(output, "classifier.weights")
@@ -70,7 +69,7 @@ def main() -> None:
             layer.momentum = 0.1  # torch's default; some networks' 0.01 or less takes thousands of steps
     reader = FrozenClassifier(copy.deepcopy(network), class_names)
     for key in ("train_crop_size", "val_crop_size"):
-        reader.check(getattr(t, key), f"transformations.{key}")
+        reader.require(getattr(t, key), f"transformations.{key}")
     to_device(network, runtime.device)
     to_device(reader, runtime.device)
     steps = math.ceil(len(train_set) / arguments.batch_size)

@@ -25,11 +25,11 @@ from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 from torch import Tensor
 
-from experiment.data import UnreadableImage
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.runtime import Stopper
 from models.darionet import other_input
 from models.errors import InputError
+from models.images import UnreadableImage
 from models.pipeline import Pipeline, unchanged
 from models.scaler import INTERPOLATIONS, Jpeg, Reduction, Scaler
 

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageTree, Loader, batches_until_stopped, to_float
+from experiment.data import Batch, ImageTree, to_float
 from experiment.distillation import psnr_db
 from experiment.metrics import BASELINE, ORIGINAL, SMALL, require_finite
 from experiment.runtime import Runtime, Stopper
@@ -81,7 +82,7 @@ def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | 
 @torch.no_grad()
 def evaluate(
     pipelines: list[Pipeline],
-    loader: Loader,
+    arriving: Iterable[Batch],
     dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,
@@ -90,14 +91,14 @@ def evaluate(
     result: Evaluation,
     keep_rows: bool = True,
 ) -> None:
-    """Adds the loader's images to `result`. The first of `pipelines` has to be Original: agreement is counted with it.
+    """Adds the images that arrive to `result`. The first of `pipelines` has to be Original, for the agreement with it.
 
     Returns early where a signal asked to stop, between two batches.
 
     Raises:
         InputError: scores that are not finite.
     """
-    for batch in batches_until_stopped(loader, stopper):
+    for batch in arriving:
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
         if len(batch.images):
             images = to_float(batch.images, runtime.device)

@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
+import experiment.checkpoint
 from warm import STEPS, drop, ends_as, output, place_of_its_own, report, small_experiment, start
 from warm import wait as wait_for
 
-import experiment.checkpoint
 import models.weights
 
 EVERY_STEP, EVERY_EPOCH = "0", "1000"  # minutes between checkpoints

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import experiment.checkpoint
 from warm import (
     STEPS,
     drop,
@@ -26,7 +27,6 @@ from warm import (
     wait,
 )
 
-import experiment.checkpoint
 import experiment.distillation
 from experiment.run import FILE, is_whole
 

@@ -13,9 +13,8 @@ import time
 from pathlib import Path
 
 import torch
-from warm import ROOT, STEPS, checkpoint, place_of_its_own, report, same, small_experiment
-
 from experiment.checkpoint import FILE, is_whole, remember_job
+from warm import ROOT, STEPS, checkpoint, place_of_its_own, report, same, small_experiment
 
 # Runs train_darionet.py; the process RANK does what SIGNALS and WHEN say, in the job's first life alone.
 SCRIPT = f"""
