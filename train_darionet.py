@@ -88,7 +88,7 @@ def main() -> int:
     flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
     whole_val = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
     shared = {  # what a resumed run has to share with this one
-        "images_per_step": size,
+        "training.batch_size x processes": size,
         "used_precision": runtime.precision,  # what "auto" is here
         "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         "classifier_weights": [teacher.fingerprint() for teacher in teachers],

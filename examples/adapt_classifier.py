@@ -84,7 +84,7 @@ def main() -> int:
     whole_val = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
     shared = {
         "enlarge": enlarge,
-        "images_per_step": size,
+        "training.batch_size x processes": size,
         "used_precision": runtime.precision,
         "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         "classifier_weights": teacher.fingerprint(),

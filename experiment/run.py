@@ -37,7 +37,7 @@ VERSION = 3  # of the checkpoint
 BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
 UNREADABLE_SHARE, UNREADABLE_FREE = 0.001, 1000  # of more images than the second at most the first may be unreadable
 # A resumed run may change these: they alter neither the images nor the steps. Images and classifiers are compared by
-# what they are ("images", "classifier_weights"), steps by "images_per_step".
+# what they are ("images", "classifier_weights"), batches by their size over all processes.
 FREE = ("test", "data", "classifier.weights", "training.batch_size", "training.epochs") + tuple(
     f"training.{key}" for key in ("verbose", "save", "checkpoint_minutes", "tensorboard", "recompute", "compile")
 )
@@ -188,6 +188,7 @@ class Run:
             begun = started = time.perf_counter()
             first, estimated = state.batch, False
             for batch in loading:
+                lost = len(state.unreadable)
                 yield batch
                 now = time.perf_counter()
                 state.seconds += now - started
@@ -199,7 +200,7 @@ class Run:
                     to_go = steps * (self.training["epochs"] - state.epoch) - state.batch
                     seconds = to_go * (now - begun) / (state.batch - first)
                     bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
-                if state.unreadable:
+                if len(state.unreadable) > lost:
                     self.refuse_unreadable(dataset)
                 if time.monotonic() - self.saved_at > 60 * self.training["checkpoint_minutes"]:
                     self.save()
@@ -370,13 +371,18 @@ def load_checkpoint(folder: Path) -> dict:
     paths = [path for path in (folder / FILE, folder / PREVIOUS) if path.is_file()]
     if not paths:
         raise InputError(f"{folder}: no {FILE} to resume from; start without --resume")
-    path = next(filter(is_whole, paths), None)
-    if path is None:
-        raise InputError(f"{paths[0]}: not a whole checkpoint (its checksums differ), nor is there another")
+    state, fault = None, InputError(f"{paths[0]}: not a whole checkpoint (its checksums differ), nor is there another")
+    for path in filter(is_whole, paths):
+        try:
+            state = load_file(path)
+            break
+        except InputError as error:  # damage between the checksums
+            fault = error
+    if state is None:
+        raise fault
     if path.name == PREVIOUS:
-        fault = "is damaged" if paths[0] != path else "is missing"
-        print(f"{folder / FILE} {fault}: going on from the one before, {path}")
-    state = load_file(path)
+        what = "is damaged" if paths[0] != path else "is missing"
+        print(f"{folder / FILE} {what}: going on from the one before, {path}")
     if not isinstance(state, dict) or state.get("version") != VERSION:
         raise InputError(
             f"{path}: not a checkpoint of this version of the program: go on with the version that wrote it, or start "

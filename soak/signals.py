@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import experiment.checkpoint
 from warm import (
     STEPS,
     drop,
@@ -28,6 +27,7 @@ from warm import (
 )
 
 import experiment.distillation
+import experiment.run
 from experiment.run import FILE, is_whole
 
 PHASES = ("parameters are read", "networks are built", "workers start", "training", "validation", "saving")
@@ -60,9 +60,9 @@ def prepare(script, phase: str, pipe: int) -> None:
         process.start = at(2, process.start)
     elif phase in PHASES[3:5]:
         number = 2 if phase == "training" else STEPS + 1
-        experiment.distillation.to_float = at(number, experiment.distillation.to_float)
+        script.to_float = experiment.distillation.to_float = at(number, script.to_float)
     else:
-        experiment.checkpoint.Checksum.write = at(5, experiment.checkpoint.Checksum.write)
+        experiment.run.save_to = at(2, experiment.run.save_to)
 
 
 def case(folder: Path, reference: Path, phase: str, number: int, group: bool, workers: int) -> str | None:

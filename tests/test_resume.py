@@ -52,7 +52,6 @@ def test_any_number_of_processes_sees_the_same_images(count, size, processes, sh
     [
         "training.seed=1",
         "training.batch_size=3",
-        "training.epochs=3",
         "training.precision=float32",
         'training.loss={"pixels":1}',
         "transformations.scale=0.5",

@@ -71,9 +71,9 @@ def test_training_writes_everything(start, experiment):
 
 def stop_after(monkeypatch, steps: int, number: int) -> None:
     """Sends this process a signal in the middle of the step after `steps`."""
-    from experiment import distillation
+    from experiment import data, distillation
 
-    calls, to_float = [], distillation.to_float
+    calls, to_float = [], data.to_float
 
     def counting(images, device):
         calls.append(1)
@@ -81,6 +81,7 @@ def stop_after(monkeypatch, steps: int, number: int) -> None:
             os.kill(os.getpid(), number)
         return to_float(images, device)
 
+    monkeypatch.setattr(data, "to_float", counting)
     monkeypatch.setattr(distillation, "to_float", counting)
 
 
@@ -471,12 +472,12 @@ def test_small_images_of_another_size_than_the_weights_were_trained_for(start, t
 def test_out_of_memory_is_one_line(start, trained, monkeypatch):
     """Where the batch size is known it is named; elsewhere the line is a general one."""
     import experiment.data
-    from experiment import distillation, evaluation
+    from experiment import evaluation
 
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(distillation, "to_float", full)
+    monkeypatch.setattr(experiment.data, "to_float", full)
     monkeypatch.setattr(evaluation, "to_float", full)
     one_line(start("train_darionet"), "out of GPU memory at batch size 4: lower training.batch_size")
     one_line(start("test"), "out of GPU memory at batch size 4: lower test.batch_size")
