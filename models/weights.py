@@ -38,23 +38,33 @@ URLS = {  # each file has its SHA-256 in PUBLISHED
     "RealESRGAN_x4plus_anime_6B": f"{RELEASES}/v0.2.2.4/RealESRGAN_x4plus_anime_6B.pth",
 }
 # Names of the entry that holds the weights, averaged ones (EMA) first, and of modules around the network.
-WRAPPERS = ("params_ema", "params-ema", "state_dict_ema", "model_ema", "params", "state_dict", "model_state_dict")
-WRAPPERS += ("model", "network", "net", "net_g", "generator", "module")
+AVERAGED = ("params_ema", "params-ema", "state_dict_ema", "model_ema")
+WRAPPERS = (*AVERAGED, "params", "state_dict", "model_state_dict", "model", "network", "net", "generator")
 PREFIXES = ("module.", "_orig_mod.", "netG.", "model.", "net.", "network.", "generator.", "layers.0.", "0.")
 # Plain data that checkpoints hold beside the weights: options of a command line, scores as numpy's numbers.
 SCALAR = np.float64(0).__reduce__()[0]
-ALLOWED = [argparse.Namespace, np.dtype, type(np.dtype("f4")), type(np.dtype("f8"))]
-ALLOWED += [(SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+NUMPY = [(SCALAR, "numpy._core.multiarray.scalar"), (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
+ALLOWED = [argparse.Namespace, *NUMPY, type(np.dtype("f4")), type(np.dtype("f8"))]
 CONVERSION = (
     'python -c "import sys, torch; x = torch.load(sys.argv[1], weights_only=False); '
     "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], sys.argv[2])\""
 )
 # Key names of BasicSR and Real-ESRGAN, and of the first ESRGAN release, as the ESRGAN repository's.
-RENAMES = [(r"^body\.", "RRDB_trunk."), (r"^conv_body\.", "trunk_conv."), (r"\.rdb(\d)\.", r".RDB\1.")]
-RENAMES += [(r"^conv_up(\d)\.", r"upconv\1."), (r"^conv_hr\.", "HRconv.")]
-RENAMES += [(r"^0\.", "conv_first."), (r"^1\.sub\.\d+\.(\w+)$", r"trunk_conv.\1"), (r"^1\.sub\.", "RRDB_trunk.")]
-RENAMES += [(r"(RDB\d\.conv\d)\.0\.", r"\1."), (r"^3\.", "upconv1."), (r"^6\.", "upconv2."), (r"^8\.", "HRconv.")]
-RENAMES += [(r"^10\.", "conv_last.")]
+RENAMES = {
+    r"^body\.": "RRDB_trunk.",
+    r"^conv_body\.": "trunk_conv.",
+    r"^conv_up(\d)\.": r"upconv\1.",
+    r"^conv_hr\.": "HRconv.",
+    r"\.rdb(\d)\.": r".RDB\1.",
+    r"^0\.": "conv_first.",
+    r"^1\.sub\.\d+\.(\w+)$": r"trunk_conv.\1",
+    r"^1\.sub\.": "RRDB_trunk.",
+    r"(RDB\d\.conv\d)\.0\.": r"\1.",
+    r"^3\.": "upconv1.",
+    r"^6\.": "upconv2.",
+    r"^8\.": "HRconv.",
+    r"^10\.": "conv_last.",
+}
 SIZE_KEYS = ("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight")
 
 
@@ -159,7 +169,7 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
 
 def esrgan_name(key: str) -> str:
     """The ESRGAN repository's name of a key; keys of no known family stay as they are."""
-    for pattern, name in RENAMES:
+    for pattern, name in RENAMES.items():
         key = re.sub(pattern, name, key)
     return key
 

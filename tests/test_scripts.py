@@ -21,6 +21,10 @@ from models.rrdbnet import RRDBNet
 from models.weights import load_generator, save_weights, trained_for
 
 
+def rewrite_note(path: str, note: dict) -> None:
+    save_weights(load_generator(path), path, note)
+
+
 def last_line(result) -> Path:
     return Path(result.out.strip().splitlines()[-1])
 
@@ -293,9 +297,7 @@ def test_try_one_image(start, trained):
 
 @pytest.mark.usefixtures("no_figures")
 def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trained):
-    save_weights(
-        load_generator("DarioNet.pt"), "DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True}
-    )
+    rewrite_note("DarioNet.pt", {"scale": 0.5, "interpolation": "bilinear", "antialias": True})
     draw("checks", 5).save("a.png")
     for call in (["test"], ["try_darionet", "a.png"]):
         assert "trained for scale 0.5, not 0.32, antialias True, not False" in start(*call).out
@@ -452,16 +454,12 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
 
 
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
-    save_weights(load_generator("DarioNet.pt"), "DarioNet.pt", {"scale": 0.32})
+    rewrite_note("DarioNet.pt", {"scale": 0.32})
     for side, said in ((10, False), (20, True)):
         draw("discs", 1, side).save("icon.png")
         result = start("try_darionet", "--small", "icon.png")
         assert ("trained for small images of 10 pixels, not 20" in result.out) == said
-    save_weights(
-        load_generator("DarioNet.pt"),
-        "DarioNet.pt",
-        {"scale": 0.32, "random_reduction": {"scale": [0.3, 0.7], "antialias": [False, True]}},
-    )
+    rewrite_note("DarioNet.pt", {"scale": 0.32, "random_reduction": {"scale": [0.3, 0.7], "antialias": [False, True]}})
     assert "trained for" not in start("try_darionet", "--small", "icon.png").out
     draw("discs", 1).save("large.png")
     for setting, said in (("scale=0.6", False), ("antialias=true", False), ("scale=0.2", True)):
