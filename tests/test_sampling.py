@@ -11,9 +11,9 @@ import pytest
 from conftest import CLASSES, ROOT, draw, draw_folder, one_line, write_parameters
 from PIL import Image
 
-from experiment.data import read_image
 from experiment.sampling import ENDINGS, composed, images_by_class, list_images, open_images, share
 from models.errors import InputError
+from models.images import read_image
 
 
 @pytest.fixture
