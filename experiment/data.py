@@ -233,8 +233,11 @@ def batches(
 
 def kill_processes(others: set) -> None:
     """Kills every process of multiprocessing but `others`: a worker ignores SIGTERM, and may hang in a read."""
-    for process in {*multiprocessing.active_children()} - others:
+    started = {*multiprocessing.active_children()} - others
+    for process in started:
         process.kill()
+    for process in started:
+        process.join(1)
 
 
 def pack(samples: list[tuple[int, Tensor | str]]) -> list[tuple[np.ndarray, list[int], list[tuple[int, str]]]]:

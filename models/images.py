@@ -139,7 +139,7 @@ def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
         transform = ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
         if mode == "CMYK":
             return transform
-        cube = np.stack(np.meshgrid(*[np.arange(0, 256, 15)] * 3), -1).astype(np.uint8).reshape(-1, 17, 3)
+        cube = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3), -1).astype(np.uint8).reshape(-1, 16, 3)
         probe = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
         found, same = (np.asarray(x, int) for x in (ImageCms.applyTransform(probe, transform), probe.convert("RGB")))
         return transform if np.abs(found - same).max() > 2 else None

@@ -13,7 +13,7 @@ from conftest import draw, one_line
 from PIL import Image
 
 from experiment import evaluation
-from experiment.data import Batch, ImageTree, Loader, Whole, batches_of_one_size
+from experiment.data import Batch, ImageTree, Whole, batches, batches_of_one_size
 from experiment.evaluation import LONGEST_NAME, saved_as
 from models.darionet import load_rrdbnet
 from models.pipeline import Upscale
@@ -72,7 +72,7 @@ def test_a_part_of_a_folder_comes_as_one_batch_a_size(tmp_path, workers):
     dataset = ImageTree(str(tmp_path), Whole(20))
     parts = [list(range(4)), list(range(4, len(dataset)))]
     seen, refused = {}, {}
-    for batch in Loader(dataset, parts, workers, False):
+    for batch in batches(dataset, parts, workers):
         refused |= {dataset.paths[i]: reason for i, reason in batch.unreadable}
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             seen[dataset.paths[index]] = image

@@ -35,7 +35,7 @@ try_darionet.Reader(read_parameters("parameters.json", []), [])
 print(faults())
 """,
     "a worker": """
-from experiment.data import Loader
+from experiment.data import batches
 
 class Dataset(torch.utils.data.Dataset):
     paths = ["a"]
@@ -45,7 +45,7 @@ class Dataset(torch.utils.data.Dataset):
 if __name__ == "__main__":
     import multiprocessing
     multiprocessing.set_start_method("spawn")
-    for batch in Loader(Dataset(), [[0]], 1, False).read(lambda get: get()):
+    for batch in batches(Dataset(), [[0]], 1):
         print(int.from_bytes(bytes(batch.images.flatten().tolist()), "big"))
 """,
 }

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, draw, draw_folder, one_line, write_parameters
 from PIL import Image
 
-from experiment.data import read_image
 from experiment.sampling import ENDINGS, images_by_class, open_images, share
 from models.errors import InputError
+from models.images import read_image
 
 MANIFEST = "manifest.json"
 
