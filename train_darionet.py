@@ -47,7 +47,7 @@ from experiment.distillation import (
     validate,
 )
 from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard, write_csv, write_json
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import Parameters, read_parameters
 from experiment.runtime import (
     DTYPES,
     LOGS,
@@ -62,6 +62,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, prepare, write_note
 from models.errors import InputError
@@ -90,6 +91,7 @@ def main() -> int:
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
+        data.refuse_training_on_held_out_images()
         require_tensorboard(training.tensorboard)
         runtime = start_runtime(training.precision)
         seed_without_tf32(training.seed)
@@ -101,7 +103,8 @@ def main() -> int:
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
-        teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
+        classifiers = [parameters.classifier, *training.more_teachers]
+        teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in classifiers]
         targets = val_set.targets(teachers[0].class_names)
         size, start = (d.features, d.blocks, d.growth), None if checkpoint else d.initial_weights
         network = build_darionet(*size, start, runtime.device, runtime.memory_format)
@@ -282,7 +285,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
     print(f"DarioNet: {size}, from {d.initial_weights or 'nothing: it starts as a plain enlargement'}")
-    for classifier in parameters.classifier:
+    for classifier in [parameters.classifier, *training.more_teachers]:
         print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
@@ -296,7 +299,8 @@ def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
     return {
         **reduction.note(),
         "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
-        "classifier": parameters.model_dump()["classifier"],
+        "classifier": parameters.classifier.model_dump(),
+        "more_teachers": [teacher.model_dump() for teacher in parameters.training.more_teachers],
         "loss": parameters.training.loss.model_dump(),
         "run": str(folder),
     }

@@ -43,7 +43,7 @@ from experiment.distillation import (
 )
 from experiment.evaluation import enlarger
 from experiment.metrics import write_csv, write_json
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.runtime import (
     DTYPES,
     LOGS,
@@ -55,6 +55,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier, save_classifier
 from models.darionet import prepare, write_note
 from models.errors import InputError
@@ -79,10 +80,11 @@ def main() -> int:
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data = parameters.transformations, parameters.training, parameters.data
+        data.refuse_training_on_held_out_images()
         begun_with = {} if checkpoint is None else json.loads(checkpoint["resolved"])["options"]
         output = arguments.output or begun_with.get("output")
         enlarge = arguments.enlarge or begun_with.get("enlarge", "bilinear")
-        refuse_output(output, {"classifier.weights": parameters.classifier[0].weights, "--enlarge": enlarge})
+        refuse_output(output, {"classifier.weights": parameters.classifier.weights, "--enlarge": enlarge})
         weights = {name: weight for name, weight in training.loss.model_dump().items() if weight and name != "pixels"}
         if not weights:
             raise InputError("training.loss: pixels alone teach a classifier nothing: set logits, as in logits 1")
@@ -93,7 +95,7 @@ def main() -> int:
         loader = partial(Loader, workers=data.workers, pin_memory=runtime.device.type == "cuda")
         train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
         class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
-        teacher = open_classifier(**parameters.classifier[0].model_dump())
+        teacher = open_classifier(**parameters.classifier.model_dump())
         prepare(teacher, runtime.device)
         for key in ("train_crop_size", "val_crop_size"):
             teacher.require(getattr(t, key), f"transformations.{key}")
@@ -125,7 +127,7 @@ def main() -> int:
         folder = new_run_folder("adapt") if folder is None else folder
         write_json(folder / "parameters.json", parameters.model_dump())
         terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-        print(f"A copy of {parameters.classifier[0].architecture} learns to read small images, enlarged: {enlarge}")
+        print(f"A copy of {parameters.classifier.architecture} learns to read small images, enlarged: {enlarge}")
         print(f"Images: {len(train_set)} in {train_set.root}; validation: {len(val_set)} in {val_set.root}")
         print(f"Reduction: {random or reduction}; loss: {terms}; Adam, learning rate {training.learning_rate:g}")
         print(f"{training.epochs} epochs, batch size {training.batch_size}; {runtime.describe()}")
@@ -210,14 +212,14 @@ def main() -> int:
                 break
             row, improved = state.end_epoch(learning_rate_at((epoch + 1) * steps_per_epoch - 1, *schedule), scores)
             if improved:
-                names = {"architecture": parameters.classifier[0].architecture}
+                names = {"architecture": parameters.classifier.architecture}
                 names |= {"mean": evaluated.mean.flatten().tolist(), "std": evaluated.std.flatten().tolist()}
                 save_classifier(evaluated.network, evaluated.class_names, output, **names)
                 note = {
                     **reduction.note(),
                     "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
                     "enlarge": enlarge,
-                    "classifier": parameters.classifier[0].model_dump(),
+                    "classifier": parameters.classifier.model_dump(),
                     "loss": weights,
                     "run": str(folder),
                 }

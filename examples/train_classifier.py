@@ -37,7 +37,7 @@ from experiment.checkpoint import (
 from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches
 from experiment.distillation import Losses, learning_rate_at, refuse_unreadable, step, validate
 from experiment.metrics import write_csv, write_json
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.runtime import (
     LOGS,
     Stopper,
@@ -48,6 +48,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
+from experiment.script import run_script, script_parser
 from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
 from models.darionet import prepare
 from models.errors import InputError
@@ -73,8 +74,9 @@ def main() -> int:
         default = "parameters.json" if folder is None else folder / "parameters.json"
         parameters = read_parameters(arguments.parameters or default, arguments.set)
         t, training, data = parameters.transformations, parameters.training, parameters.data
+        data.refuse_training_on_held_out_images()
         refuse_options(arguments, t.train_crop_size)
-        name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
+        name, place, seed = parameters.classifier.architecture, parameters.classifier.weights, training.seed
         if place is None or place in published_weights(name):
             raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
         refuse_unwritable_weights(place, "classifier.weights")

@@ -30,7 +30,7 @@ MARK = b"\nSHA-256 "  # torch and zip ignore what stands after the archive: this
 TRAILER = len(MARK) + 64
 # What a resumed run may change: it alters neither the images nor the steps. Images and the classifier are compared by
 # what they are ("images", "classifier_weights"), not by where they lie; the rest of "data" and "test" is not read.
-FREE = ("test", "data", "classifier.weights") + tuple(
+FREE = ("test", "data", "classifier.weights", "training.more_teachers.weights") + tuple(
     f"training.{key}" for key in ("verbose", "save", "checkpoint_minutes", "tensorboard")
 )
 BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from experiment.parameters import shown
+from experiment.script import printable
 from models.errors import InputError
 
 # Endings of images, and how Pillow calls their format. The same on every machine, whatever its Pillow can read, so that
@@ -107,7 +107,7 @@ def list_images(folder: str | Path, left_out: Counter | None = None) -> list[str
 
 def counted(left_out: Counter) -> str:
     """As in "12 .heic, 2 @eaDir", the most frequent first."""
-    kinds = ", ".join(f"{count} {shown(kind, 30)}" for kind, count in left_out.most_common(8))
+    kinds = ", ".join(f"{count} {printable(kind, 30)}" for kind, count in left_out.most_common(8))
     return kinds + (f" and {len(left_out) - 8} more kinds" if len(left_out) > 8 else "")
 
 
@@ -167,7 +167,9 @@ def images_by_class(folder: str) -> dict[str, list[str]]:
 
 
 def some(names: list[str]) -> str:
-    return ", ".join(shown(name, 200) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(printable(name, 200) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def share(names: list[str], fraction: float, seed: int, class_name: str) -> list[str]:

@@ -479,12 +479,12 @@ def test_what_may_change_and_what_may_not():
             refuse_changes(before, free | {section: before[section] | {key: value}})
     with pytest.raises(InputError, match="classifier_weights"):
         refuse_changes(before, free | {"classifier_weights": "0124"})
-    several = {"classifier": [before["classifier"], {"architecture": "vgg11", "weights": "b.pt"}]}
-    moved = [one | {"weights": f"moved/{one['weights']}"} for one in several["classifier"]]
-    refuse_changes(several, {"classifier": moved})
-    for other in (moved[:1], moved[::-1], before["classifier"]):
-        with pytest.raises(InputError, match="classifier.* set it back"):
-            refuse_changes(several, {"classifier": other})
+    several = [before["classifier"], {"architecture": "vgg11", "weights": "b.pt"}]
+    moved = [one | {"weights": f"moved/{one['weights']}"} for one in several]
+    refuse_changes({"training": {"more_teachers": several}}, {"training": {"more_teachers": moved}})
+    for other in (moved[:1], moved[::-1], []):
+        with pytest.raises(InputError, match="training.more_teachers.* set it back"):
+            refuse_changes({"training": {"more_teachers": several}}, {"training": {"more_teachers": other}})
 
 
 @pytest.mark.parametrize("version", [1, 3, None])
