@@ -43,7 +43,7 @@ from experiment.metrics import (
     write_csv,
     write_json,
 )
-from experiment.parameters import ClassifierSection, Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import ClassifierSection, Parameters, read_parameters
 from experiment.runtime import (
     Runtime,
     Stopper,
@@ -54,6 +54,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
@@ -94,25 +95,25 @@ def main() -> int:
         dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, d.initial_weights, runtime.device)
-        classifier = to_device(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
+        classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
         classifier.require(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         rivals = {}
         for name, path in arguments.rival:
             if name in {ORIGINAL, SMALL, BASELINE, "Bicubic", *networks, *rivals}:
                 raise InputError(f"--rival {name}: the table has a row of that name: choose another")
-            rivals[name] = open_rival(path, parameters.classifier[0], classifier, reduction, runtime)
+            rivals[name] = open_rival(path, parameters.classifier, classifier, reduction, runtime)
         pipelines = make_pipelines(classifier, reduction, networks, rivals)
         small = reduced_length(t.val_crop_size, t.scale)
         if not classifier.reads(small, small):
             pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
-            print(f"Left out: {SMALL}, since {parameters.classifier[0].architecture} can't read {small}x{small} pixels")
+            print(f"Left out: {SMALL}, since {parameters.classifier.architecture} can't read {small}x{small} pixels")
         folder = None
         if runtime.is_main:
             folder = new_run_folder("test")
             write_json(folder / "parameters.json", parameters.model_dump())
         print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
-        print(f"Classifier: {parameters.classifier[0].describe()}")
+        print(f"Classifier: {parameters.classifier.describe()}")
         print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
         print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
         for path in [*weights, *(path for _, path in arguments.rival)]:
@@ -220,7 +221,7 @@ def write_results(
         "scale": t.scale,
         "interpolation": t.interpolation,
         "antialias": t.antialias,
-        "classifier": parameters.classifier[0].model_dump(exclude_none=True),
+        "classifier": parameters.classifier.model_dump(exclude_none=True),
         "ours": ours,
         "mcnemar": [mcnemar(result.rows, ours, name) for name in rivals],
         "training_run": trained_for(weights[-1]).get("run"),

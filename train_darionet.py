@@ -23,9 +23,10 @@ from experiment import plots
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at, validate
 from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import Parameters, read_parameters
 from experiment.run import BEST, Run, run_to_resume
 from experiment.runtime import Runtime, compiled, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, to_device
 from models.errors import InputError
@@ -52,13 +53,15 @@ def main() -> int:
     default = "parameters.json" if folder is None else folder / "parameters.json"
     parameters = read_parameters(arguments.parameters or default, arguments.set)
     t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
+    data.refuse_training_on_held_out_images()
     require_tensorboard(training.tensorboard)
     runtime = start_runtime(training.precision)
     seed_without_tf32(training.seed)
     if training.save and runtime.is_main:
         refuse_unwritable_weights(d.weights, "darionet.weights")
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-    teachers = [open_teacher(section.model_dump(), parameters, runtime) for section in parameters.classifier]
+    sections = [parameters.classifier, *training.more_teachers]
+    teachers = [open_teacher(section.model_dump(), parameters, runtime) for section in sections]
     targets = val_set.targets(teachers[0].class_names)
     reduction = Reduction(t.scale, t.interpolation, t.antialias)
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
@@ -164,7 +167,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
     print(f"DarioNet: {size}, from {d.initial_weights or 'nothing: it starts as a plain enlargement'}")
-    for classifier in parameters.classifier:
+    for classifier in [parameters.classifier, *training.more_teachers]:
         print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
@@ -180,6 +183,7 @@ def note_of(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
         **reduction.note(),
         "random_reduction": values["transformations"]["random_reduction"],
         "classifier": values["classifier"],
+        "more_teachers": values["training"]["more_teachers"],
         "loss": values["training"]["loss"],
         "run": str(folder),
     }

@@ -38,7 +38,7 @@ from experiment.data import (
 )
 from experiment.evaluation import save_images, saved_as, to_rebuild
 from experiment.metrics import BASELINE, require_finite, write_csv, write_json
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import Parameters, read_parameters
 from experiment.runtime import (
     Stopper,
     new_run_folder,
@@ -48,6 +48,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from experiment.sampling import refuse_overlap
+from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
@@ -77,7 +78,7 @@ class Reader:
         networks = load_upscalers(weights, parameters.darionet.initial_weights, self.runtime.device)
         self.restores = {BASELINE: Enlarge("bilinear")}  # by the name of the results table's row
         self.restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
-        self.classifier = to_device(open_classifier(**parameters.classifier[0].model_dump()), self.runtime.device)
+        self.classifier = to_device(open_classifier(**parameters.classifier.model_dump()), self.runtime.device)
         self.classifier.require(t.val_crop_size, "transformations.val_crop_size")
 
     @property
@@ -173,7 +174,7 @@ def main() -> int:
     if arguments.export:
         t = parameters.transformations
         scaler = {"interpolation": t.interpolation, "antialias": t.antialias}
-        classifier = parameters.classifier[0].model_dump() if arguments.with_classifier else None
+        classifier = parameters.classifier.model_dump() if arguments.with_classifier else None
         export(arguments.export, weights[-1], t.val_crop_size, scaler, classifier, overwrite=arguments.overwrite)
         print(arguments.export)
         return 0

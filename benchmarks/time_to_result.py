@@ -22,9 +22,10 @@ from pathlib import Path
 from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.evaluation import Evaluation, evaluate, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import Parameters, read_parameters
 from experiment.run import load_checkpoint
 from experiment.runtime import Runtime, Stopper, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet
 from models.errors import InputError
@@ -61,7 +62,7 @@ def main() -> int:
     runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
-    classifier = open_classifier(**parameters.classifier[0].model_dump()).to(runtime.device)
+    classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)
 
     found: dict[str, list[dict]] = {name: [] for name in runs}
     print("| recipe | minutes | accuracy | recovered | 95 % interval |\n|---|---|---|---|---|")

@@ -25,9 +25,10 @@ import torch
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at, validate
 from experiment.evaluation import enlarger
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.run import Run, run_to_resume
 from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import open_classifier, save_classifier
 from models.darionet import to_device
 from models.errors import InputError
@@ -53,7 +54,7 @@ def main() -> int:
     parameters = read_parameters(arguments.parameters or default, arguments.set)
     t, training, data = parameters.transformations, parameters.training, parameters.data
     output, enlarge = arguments.output, arguments.enlarge
-    refuse_output(output, {"classifier.weights": parameters.classifier[0].weights, "--enlarge": enlarge})
+    refuse_output(output, {"classifier.weights": parameters.classifier.weights, "--enlarge": enlarge})
     weights = {name: weight for name, weight in training.loss.model_dump().items() if weight and name != "pixels"}
     if not weights:
         raise InputError("training.loss: pixels alone teach a classifier nothing: set logits, as in logits 1")
@@ -62,7 +63,7 @@ def main() -> int:
         raise InputError("one process adapts a classifier: start it with python, not with torchrun")
     seed_without_tf32(training.seed)
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-    teacher = to_device(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
+    teacher = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
         teacher.require(getattr(t, key), f"transformations.{key}")
     targets = val_set.targets(teacher.class_names)
@@ -90,7 +91,7 @@ def main() -> int:
         "classifier_weights": teacher.fingerprint(),
     }
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in weights.items())
-    print(f"A copy of {parameters.classifier[0].architecture} learns to read small images, enlarged: {enlarge}")
+    print(f"A copy of {parameters.classifier.architecture} learns to read small images, enlarged: {enlarge}")
     print(f"Images: {len(train_set)} in {train_set.root}; validation: {len(val_set)} in {val_set.root}")
     print(f"Reduction: {random or reduction}; loss: {terms}; Adam, learning rate {training.learning_rate:g}")
     print(f"{training.epochs} epochs, batch size {size}; {runtime.describe()}")
@@ -130,7 +131,7 @@ def main() -> int:
                     **reduction.note(),
                     "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
                     "enlarge": enlarge,
-                    "classifier": parameters.classifier[0].model_dump(),
+                    "classifier": parameters.classifier.model_dump(),
                     "loss": weights,
                     "run": str(run.folder),
                 }
@@ -138,7 +139,7 @@ def main() -> int:
                     evaluated.network,
                     evaluated.class_names,
                     output,
-                    architecture=parameters.classifier[0].architecture,
+                    architecture=parameters.classifier.architecture,
                     mean=evaluated.mean.flatten().tolist(),
                     std=evaluated.std.flatten().tolist(),
                     trained_for=note,

@@ -31,8 +31,9 @@ from experiment.metrics import (
     require_finite,
     write_json,
 )
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, to_device
 from models.errors import InputError
@@ -66,7 +67,7 @@ def main() -> int:
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    classifier = to_device(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
+    classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.require(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}

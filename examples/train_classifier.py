@@ -22,9 +22,10 @@ from torchvision.models import get_model
 from torchvision.transforms import v2
 
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.run import claimed
 from experiment.runtime import duration, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, published_weights, save_classifier
 from models.darionet import to_device
 from models.errors import InputError
@@ -48,7 +49,7 @@ def main() -> None:
     for option, (low, high) in limits.items():
         if not low <= (value := getattr(arguments, option)) <= high:
             raise InputError(f"--{option.replace('_', '-')} {value}: has to be from {low:g} to {high:g}")
-    name, output = parameters.classifier[0].architecture, parameters.classifier[0].weights
+    name, output = parameters.classifier.architecture, parameters.classifier.weights
     if output is None or output in published_weights(name):
         raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
     refuse_unwritable_weights(output, "classifier.weights")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.parameters import refuse_tasks_without_torchrun
+from experiment.script import refuse_tasks_without_torchrun
 from models.errors import InputError, OneProcessError
 
 LOGS = Path("assets/logs")  # a folder in it for every run

@@ -15,7 +15,7 @@ from unicodedata import normalize
 
 from tqdm import tqdm
 
-from experiment.parameters import shown
+from experiment.script import printable
 from models.errors import InputError
 from models.files import PARTIAL, partial_of, replace, write_text
 
@@ -49,7 +49,9 @@ def ending(name: str) -> str:
 
 
 def some(names: list[str]) -> str:
-    return ", ".join(shown(name, 200) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(printable(name, 200) for name in names[:3]) + (
+        f" and {len(names) - 3} more" if len(names) > 3 else ""
+    )
 
 
 def files_below(folder: str | Path, follow: bool) -> Iterator[str]:
@@ -84,7 +86,7 @@ def open_images(folder: str) -> list[str]:
     images = [path for path in paths if ending(path) in ENDINGS]
     endings = (ending(path) or "without an ending" for path in paths if path != MANIFEST)
     others = Counter(suffix for suffix in endings if suffix not in ENDINGS)
-    kinds = ", ".join(f"{count} {shown(kind, 30)}" for kind, count in others.most_common(8))
+    kinds = ", ".join(f"{count} {printable(kind, 30)}" for kind, count in others.most_common(8))
     if not images:
         raise InputError(f"{folder}: holds no images" + (f", only {kinds}; {CONVERT}" if kinds else f"; {LAYOUT}"))
     if kinds:

@@ -23,7 +23,7 @@ from conftest import CLASSES, draw_folder, load_script, write_parameters  # noqa
 from torchvision.models import get_model  # noqa: E402
 
 from experiment import plots  # noqa: E402
-from experiment.parameters import run_script  # noqa: E402
+from experiment.script import run_script  # noqa: E402
 from models.classifier import save_classifier  # noqa: E402
 from models.files import PARTIAL  # noqa: E402
 

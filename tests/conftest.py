@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.models import get_model
 
 from experiment import plots
-from experiment.parameters import run_script
+from experiment.script import run_script
 from models.classifier import save_classifier
 from models.rrdbnet import RRDBNet
 from models.weights import save_weights

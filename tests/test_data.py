@@ -25,8 +25,8 @@ from experiment.data import (
     batches,
     epoch_batches,
 )
-from experiment.parameters import Unbroken
 from experiment.runtime import Stopper, new_run_folder
+from experiment.script import UnbrokenFile
 from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image
 
@@ -339,9 +339,8 @@ def test_a_lost_connection_stops_a_run_like_a_signal(stubborn):
             with Stopper() as stopper:
                 os.write(1, b"begun")  # pytest has sys.stdout
                 list(batches(stubborn, BATCHES, 2, stopper=stopper))
-                for stream in (Unbroken(os.fdopen(1, "w")), Unbroken(os.fdopen(2, "w"))):
-                    stream.write("unheard\n")
-                    stream.flush()
+                for number in (1, 2):
+                    UnbrokenFile(number, "w").write(b"unheard\n")
                 code = stopper.code
         finally:
             os._exit(code)

@@ -498,7 +498,7 @@ def test_the_default_without_imagenet(tmp_path):
 def train_classifier(experiment, monkeypatch, capfd):
     """Calls examples/train_classifier.py with options -> Result; it writes own.pt."""
     import examples.train_classifier as script
-    from experiment.parameters import run_script
+    from experiment.script import run_script
 
     def call(*options) -> Result:
         write_parameters(experiment / "parameters.json", classifier={"weights": "own.pt"})
@@ -578,7 +578,7 @@ def test_a_classifier_of_damaged_images(train_classifier, experiment):
 def adapt(experiment, monkeypatch, capfd):
     """Calls examples/adapt_classifier.py with options -> Result."""
     import examples.adapt_classifier as script
-    from experiment.parameters import run_script
+    from experiment.script import run_script
 
     def call(*options) -> Result:
         monkeypatch.setattr(sys, "argv", ["adapt_classifier.py", *map(str, options)])
