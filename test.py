@@ -54,7 +54,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
-from models.classifier import FrozenClassifier, noted_architecture, open_classifier
+from models.classifier import FrozenClassifier, default_weights, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, prepare, trained_for
 from models.errors import InputError
 from models.pipeline import Enlarge, Pipeline, Upscale
@@ -93,7 +93,7 @@ def main() -> int:
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, d.initial_weights, runtime.device)
         classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
-        classifier.require(t.val_crop_size, "transformations.val_crop_size")
+        classifier.check(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         rivals = {}
         for name, path in arguments.rival:
@@ -167,7 +167,7 @@ def classifier_settings(choice: str | None) -> list[str]:
     elif choice.startswith("timm/"):
         chosen = {"architecture": choice, "weights": "pretrained"}
     elif choice in list_models(module=torchvision.models):
-        chosen = {"architecture": choice, "weights": "IMAGENET1K_V1"}
+        chosen = {"architecture": choice, "weights": default_weights(choice)}
     else:
         architecture = noted_architecture(choice)
         if architecture is None:

@@ -49,7 +49,6 @@ from experiment.distillation import (
 from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters, run_script, script_parser
 from experiment.runtime import (
-    DTYPES,
     LOGS,
     Runtime,
     Stopper,
@@ -262,11 +261,9 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     """A classifier on the device, known to read the crops of training and validation."""
     classifier = prepare(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
+        classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
         raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
-    if runtime.precision != "float32":
-        classifier.fold(DTYPES[runtime.precision])
     return classifier
 
 

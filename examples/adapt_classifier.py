@@ -45,7 +45,6 @@ from experiment.evaluation import enlarger
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import (
-    DTYPES,
     LOGS,
     Stopper,
     duration,
@@ -96,7 +95,7 @@ def main() -> int:
         teacher = open_classifier(**parameters.classifier[0].model_dump())
         prepare(teacher, runtime.device)
         for key in ("train_crop_size", "val_crop_size"):
-            teacher.require(getattr(t, key), f"transformations.{key}")
+            teacher.check(getattr(t, key), f"transformations.{key}")
         targets = val_set.targets(teacher.class_names)
         student = trainable_copy(teacher)
         average = None
@@ -248,9 +247,7 @@ def main() -> int:
 
 def trainable_copy(teacher: FrozenClassifier) -> FrozenClassifier:
     """A copy whose weights take gradients; like every FrozenClassifier it stays in evaluation mode."""
-    student = copy.deepcopy(teacher).requires_grad_(True)
-    student.folded = dict.fromkeys(DTYPES.values())  # no folded copies: gradients would not reach the weights
-    return student
+    return copy.deepcopy(teacher).requires_grad_(True)
 
 
 def refuse_output(output: str | None, others: dict[str, str | None]) -> None:

@@ -48,7 +48,7 @@ from experiment.runtime import (
     seed_without_tf32,
     start_runtime,
 )
-from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, quick, save_classifier
+from models.classifier import IMAGENET_MEAN, IMAGENET_STD, FrozenClassifier, published_weights, save_classifier
 from models.darionet import prepare
 from models.errors import InputError
 from models.weights import refuse_unwritable_weights
@@ -75,6 +75,8 @@ def main() -> int:
         t, training, data = parameters.transformations, parameters.training, parameters.data
         refuse_options(arguments, t.train_crop_size)
         name, place, seed = parameters.classifier[0].architecture, parameters.classifier[0].weights, training.seed
+        if name in ("googlenet", "inception_v3"):
+            raise InputError(f"classifier.architecture: {name} gives more than scores in training; choose another")
         if place is None or place in published_weights(name):
             raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
         refuse_unwritable_weights(place, "classifier.weights")
@@ -93,14 +95,13 @@ def main() -> int:
 
         # Residual branches that start at zero (Goyal et al. 2017, section 5.1): ResNets learn in a few hundred steps.
         options = {"zero_init_residual": True} if name.startswith(("resnet", "resnext", "wide_resnet")) else {}
-        options |= quick(name) | {"aux_logits": False} if quick(name) else {}
         network = get_model(name, weights=None, num_classes=len(class_names), **options)
         for layer in network.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.momentum = 0.1  # torch's default; some networks' 0.01 or less takes thousands of steps
         frozen = FrozenClassifier(copy.deepcopy(network), class_names)
         for key in ("train_crop_size", "val_crop_size"):
-            frozen.require(getattr(t, key), f"transformations.{key}")
+            frozen.check(getattr(t, key), f"transformations.{key}")
         prepare(network, runtime.device)
         mean = torch.tensor(IMAGENET_MEAN, device=runtime.device).view(1, 3, 1, 1)
         std = torch.tensor(IMAGENET_STD, device=runtime.device).view(1, 3, 1, 1)
