@@ -55,7 +55,7 @@ from experiment.runtime import (
     start_runtime,
 )
 from experiment.script import run_script, script_parser
-from models.classifier import FrozenClassifier, noted_architecture, open_classifier
+from models.classifier import FrozenClassifier, default_weights, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
 from models.images import UnreadableImage
@@ -96,7 +96,7 @@ def main() -> int:
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(weights, d.initial_weights, runtime.device)
         classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
-        classifier.require(t.val_crop_size, "transformations.val_crop_size")
+        classifier.check(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         rivals = {}
         for name, path in arguments.rival:
@@ -171,7 +171,7 @@ def classifier_settings(choice: str | None) -> list[str]:
     elif choice.startswith("timm/"):
         chosen = {"architecture": choice, "weights": "pretrained"}
     elif choice in list_models(module=torchvision.models):
-        chosen = {"architecture": choice, "weights": "IMAGENET1K_V1"}
+        chosen = {"architecture": choice, "weights": default_weights(choice)}
     else:
         architecture = noted_architecture(choice)
         if architecture is None:

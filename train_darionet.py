@@ -149,7 +149,7 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     """A classifier on the device, known to read the crops of training and validation."""
     classifier = to_device(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
+        classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
         raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
     return classifier

@@ -79,7 +79,7 @@ class Reader:
         self.restores = {BASELINE: Enlarge("bilinear")}  # by the name of the results table's row
         self.restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
         self.classifier = to_device(open_classifier(**parameters.classifier.model_dump()), self.runtime.device)
-        self.classifier.require(t.val_crop_size, "transformations.val_crop_size")
+        self.classifier.check(t.val_crop_size, "transformations.val_crop_size")
 
     @property
     def networks(self) -> list[str]:

@@ -163,8 +163,6 @@ class Ours:
 
     def __init__(self, network: RRDBNet, classifier: FrozenClassifier, batches: list[Tensor], runtime: Runtime):
         self.runtime, self.network = runtime, network
-        if runtime.precision != "float32":
-            classifier.fold(DTYPES[runtime.precision])
         self.pipeline = pipeline_of(classifier, network)
         loss = partial(distillation_loss, teachers=[classifier], weights={"logits": 1.0})
         self.loss = compiled(loss) if runtime.device.type == "cuda" else loss

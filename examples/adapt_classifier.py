@@ -65,7 +65,7 @@ def main() -> int:
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
     teacher = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        teacher.require(getattr(t, key), f"transformations.{key}")
+        teacher.check(getattr(t, key), f"transformations.{key}")
     targets = val_set.targets(teacher.class_names)
     student = copy.deepcopy(teacher).requires_grad_(True)  # like every FrozenClassifier it stays in evaluation mode
     average = None if training.ema_decay is None else copy.deepcopy(student)

@@ -68,7 +68,7 @@ def main() -> int:
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
-    classifier.require(t.val_crop_size, "transformations.val_crop_size")
+    classifier.check(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
     weights = arguments.weights or [d.weights]

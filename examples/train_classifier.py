@@ -70,7 +70,7 @@ def main() -> None:
             layer.momentum = 0.1  # torch's default; some networks' 0.01 or less takes thousands of steps
     reader = FrozenClassifier(copy.deepcopy(network), class_names)
     for key in ("train_crop_size", "val_crop_size"):
-        reader.require(getattr(t, key), f"transformations.{key}")
+        reader.check(getattr(t, key), f"transformations.{key}")
     to_device(network, runtime.device)
     to_device(reader, runtime.device)
     steps = math.ceil(len(train_set) / arguments.batch_size)

@@ -51,7 +51,7 @@ def export(
         export_onnx(network, path, about, "rebuilt")
     else:
         reader = open_classifier(**classifier)
-        reader.require(side, "transformations.val_crop_size")
+        reader.check(side, "transformations.val_crop_size")
         about |= {"classifier": json.dumps(classifier), "class_names": json.dumps(reader.class_names)}
         export_onnx(Chain(Upscale(network, **scaler), reader, side).eval(), path, about, "scores")
 

@@ -35,7 +35,7 @@ CPU = Runtime(torch.device("cpu"), "float32")
 def pipeline(experiment) -> Pipeline:
     torch.manual_seed(0)
     classifier = open_classifier("resnet18", "classifier.pt")
-    classifier.require(32, "side")
+    classifier.check(32, "side")
     return pipeline_of(classifier, RRDBNet(8, 1, 4))
 
 

@@ -30,7 +30,7 @@ print(faults())
 from experiment.parameters import read_parameters
 import try_darionet
 for name in ("load_upscalers", "open_classifier", "to_device"):
-    setattr(try_darionet, name, lambda *arguments, **options: type("Nothing", (), {"items": list, "require": print})())
+    setattr(try_darionet, name, lambda *arguments, **options: type("Nothing", (), {"items": list, "check": print})())
 try_darionet.Reader(read_parameters("parameters.json", []), [])
 print(faults())
 """,

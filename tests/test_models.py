@@ -13,7 +13,7 @@ from torchvision.models import ResNet50_Weights, get_model
 import models.scaler
 from benchmarks.correctness import drawn_images
 from experiment.runtime import start_runtime
-from models.classifier import LABELS_FILE, FrozenClassifier, head_of, open_classifier, quick, save_classifier
+from models.classifier import LABELS_FILE, FrozenClassifier, open_classifier, save_classifier
 from models.darionet import DarioNet
 from models.errors import InputError
 from models.images import to_image, to_tensor
@@ -266,7 +266,7 @@ def test_any_network_is_a_classifier():
     classifier = FrozenClassifier(network, ["cat", "dog", "fox"], (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
     images = torch.rand(2, 3, 32, 32)
     assert classifier(images).equal(network((images - 0.5) / 0.25))
-    classifier.require(32, "key")
+    classifier.check(32, "key")
     assert classifier.head == "head" and classifier.maps == ("stem", "body")
     named = FrozenClassifier(network, ["cat", "dog", "fox"], head="head", maps=["stem.0"])
     assert [tuple(m.shape) for m in named.look(images).maps] == [(2, 8, 16, 16)]
@@ -278,7 +278,7 @@ def test_any_network_is_a_classifier():
 def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
     network = get_model(architecture, weights=None, num_classes=4, **quick(architecture)).eval()
     classifier = FrozenClassifier(network, list("abcd"))
-    classifier.require(64, "key")
+    classifier.check(64, "key")
     images = torch.rand(1, 3, 64, 64)
     plain = classifier.look(images)
     assert len(plain.maps) >= 3
@@ -298,20 +298,8 @@ def test_the_maps_of_known_networks():
     }
     for architecture, layers in wanted.items():
         classifier = FrozenClassifier(get_model(architecture, weights=None, num_classes=2).eval(), ["a", "b"])
-        classifier.require(64, "key")
+        classifier.check(64, "key")
         assert classifier.maps == layers
-
-
-def test_folding_leaves_alone_what_a_hook_or_a_class_of_ones_own_changes():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    network[0].register_forward_pre_hook(lambda _, inputs: (F.pad(inputs[0], (0, 1, 0, 1)),))
-    network(torch.rand(1, 3, 16, 16))
-    classifier = FrozenClassifier(network.eval(), ["a", "b"])
-    images = torch.rand(2, 3, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = classifier(images).float()
-    assert classifier.folded[torch.bfloat16] is not None
-    assert (low - classifier(images)).norm() < 0.05 * classifier(images).norm()
 
 
 class Broken(OwnNetwork):
@@ -346,7 +334,7 @@ class Broken(OwnNetwork):
 def test_what_is_no_fixed_function_to_scores_is_refused(how, message):
     torch.manual_seed(0)
     with pytest.raises(InputError, match=message):
-        FrozenClassifier(Broken(how), list("abc"), head="head").require(32, "transformations.val_crop_size")
+        FrozenClassifier(Broken(how), list("abc"), head="head").check(32, "transformations.val_crop_size")
 
 
 @pytest.mark.parametrize(
@@ -370,19 +358,6 @@ def test_what_would_be_wrong_in_silence_is_refused(options, message):
 def test_class_names_by_index():
     for names in ({"fox": 2, "cat": 0, "dog": 1}, {0: "cat", 1: "dog", 2: "fox"}, {"0": "cat", "2": "fox", "1": "dog"}):
         assert FrozenClassifier(OwnNetwork(), names).class_names == ["cat", "dog", "fox"]
-
-
-@pytest.mark.parametrize("noted", [True, False])
-def test_what_a_state_dict_does_not_say(noted, tmp_path, capsys):
-    """GoogLeNet's own normalisation of its input: noted with the network, said where it is unknown."""
-    network = get_model("googlenet", weights=None, num_classes=3, aux_logits=False, init_weights=False).eval()
-    network.transform_input = True
-    save_classifier(network if noted else network.state_dict(), list("abc"), tmp_path / "c.pt")
-    classifier = open_classifier("googlenet", str(tmp_path / "c.pt"))
-    images = torch.rand(1, 3, 64, 64)
-    expected = network((images - classifier.mean) / classifier.std)
-    assert classifier(images).equal(expected) == noted
-    assert ("does not say whether its googlenet transforms its input" in capsys.readouterr().out) != noted
 
 
 def test_a_network_of_ones_own_from_a_file(tmp_path):
@@ -441,11 +416,6 @@ def test_efficientnet_lite0_is_timms():
     for side in (64, 75):
         images = torch.rand(2, 3, side, side)
         assert (ours(images) - theirs(images * 2 - 1)).abs().max() < 1e-4
-
-
-def test_head_of_a_network_without_one():
-    with pytest.raises(InputError, match="no linear layer"):
-        head_of(nn.Sequential(nn.ReLU()))
 
 
 # Pipeline
