@@ -276,7 +276,7 @@ def test_any_network_is_a_classifier():
 
 @pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "vgg11", "swin_t"])
 def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
-    network = get_model(architecture, weights=None, num_classes=4, **quick(architecture)).eval()
+    network = get_model(architecture, weights=None, num_classes=4).eval()
     classifier = FrozenClassifier(network, list("abcd"))
     classifier.check(64, "key")
     images = torch.rand(1, 3, 64, 64)
