@@ -41,7 +41,7 @@ from experiment.distillation import (
     step,
     validate,
 )
-from experiment.evaluation import enlarger
+from experiment.evaluation import open_restore
 from experiment.metrics import write_csv, write_json
 from experiment.parameters import read_parameters, run_script, script_parser
 from experiment.runtime import (
@@ -105,7 +105,7 @@ def main() -> int:
         evaluated = student if average is None else average.module  # what is validated and written
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
-        restore = enlarger(enlarge, reduction, runtime.device)
+        restore = open_restore(enlarge, reduction, runtime.device)
         betas = (0.9, training.adam_beta2)
         optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=betas, fused=True)
         scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")

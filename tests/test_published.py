@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import one_line
 
-from experiment.evaluation import enlarger
+from experiment.evaluation import open_restore
 from models import published
 from models.darionet import build_darionet, load_upscalers, write_note
 from models.errors import InputError
@@ -70,7 +70,7 @@ def test_downloaded_once_and_gone_on_with_where_it_was_cut(server, capsys):
     path.write_bytes(server.contents)
     write_note(path, {"loss": {"logits": 1}})
     assert list(load_upscalers([str(path)], NAME)) == ["ESRGAN", "DarioNet"]
-    enlarged = enlarger(NAME, Reduction(0.5), "cpu").network
+    enlarged = open_restore(NAME, Reduction(0.5), "cpu").network
     assert enlarged.conv_first.weight.equal(network.conv_first.weight)
     assert len(server.asked) == 3
 
