@@ -36,7 +36,7 @@ from experiment.data import (
     batches_of_one_size,
     to_float,
 )
-from experiment.evaluation import save_images, saved_as, to_rebuild
+from experiment.evaluation import output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, require_finite, write_csv, write_json
 from experiment.parameters import Parameters, read_parameters
 from experiment.runtime import (
@@ -191,7 +191,7 @@ def main() -> int:
     if arguments.save and path.is_dir():
         refuse_overlap(str(arguments.save), str(path))  # or a later run would read what this one writes
     elif arguments.save:
-        target = arguments.save / saved_as(path.name)
+        target = arguments.save / output_name(path.name)
         if not to_rebuild([path], [target], arguments.overwrite):
             raise InputError(f"{target}: is there already; --overwrite replaces it")
     reader = Reader(parameters, weights)
@@ -315,7 +315,7 @@ def read_folder(
     dataset = ImageTree(str(path), reader.whole())
     names, targets, chosen = dataset.paths, [], list(range(len(dataset)))
     if out:
-        targets = [out / saved_as(name) for name in names]
+        targets = [out / output_name(name) for name in names]
         chosen = to_rebuild([path / name for name in names], targets, overwrite)
     folder = run_folder(path)
     write_json(folder / "parameters.json", parameters.model_dump())

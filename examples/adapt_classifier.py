@@ -24,7 +24,7 @@ import torch
 
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at, validate
-from experiment.evaluation import enlarger
+from experiment.evaluation import open_restore
 from experiment.parameters import read_parameters
 from experiment.run import Run, run_to_resume
 from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
@@ -72,7 +72,7 @@ def main() -> int:
     evaluated = student if average is None else average  # what is validated and written
     reduction = Reduction(t.scale, t.interpolation, t.antialias)
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
-    restore = torch.no_grad()(enlarger(enlarge, reduction, runtime.device))
+    restore = torch.no_grad()(open_restore(enlarge, reduction, runtime.device))
     loss = partial(distillation_loss, restore=restore, teachers=[teacher], weights=weights)
     betas = (0.9, training.adam_beta2)
     optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=betas, fused=True)

@@ -478,8 +478,8 @@ def save_classifier(
     trained_for: dict | None = None,
 ) -> None:
     """Writes what `open_classifier` reads: weights (a network's or a state dict), class names in the order of the
-    scores, the normalisation of the training (per channel, of images in [0,1]), and if given the architecture and what the
-    classifier was trained for (see models.weights.trained_for).
+    scores, the normalisation of the training (per channel, of images in [0,1]), and if given the architecture and what
+    the classifier was trained for (see models.weights.trained_for).
 
     Raises:
         InputError: class names or a normalisation that `FrozenClassifier` would refuse.

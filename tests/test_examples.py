@@ -250,7 +250,7 @@ def test_degradations_in_numbers():
 
 START_ALL = """
 import os, runpy, sys
-import matplotlib.figure, torch, torchmetrics, torchvision  # once for all of them
+import matplotlib.figure, torch, torchvision  # once for all of them
 for script in sys.argv[1:]:
     if not os.fork():
         sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiment import evaluation
 from experiment.data import Batch, ImageTree, Whole, batches, batches_of_one_size
-from experiment.evaluation import LONGEST_NAME, saved_as
+from experiment.evaluation import LONGEST_NAME, output_name
 from models.darionet import load_rrdbnet
 from models.pipeline import Upscale
 from models.scaler import Scaler
@@ -115,13 +115,13 @@ NAMES = [
 
 def test_every_name_has_its_own_file(start, trained):
     """Names that are no text, lines, dashes, 255 bytes, and names that differ in their endings alone."""
-    assert [saved_as(name) for name in NAMES[:4]] == ["a.jpg.png", "a.png", "a.jpg.png.png", "A.PNG"]
+    assert [output_name(name) for name in NAMES[:4]] == ["a.jpg.png", "a.png", "a.jpg.png.png", "A.PNG"]
     expected = {}
     for i, name in enumerate(NAMES):
         path = Path("icons", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         draw("discs", i, 10).save(path, "PNG")  # read by content
-        expected[Path("out", saved_as(name))] = rebuilt(path, (32, 32))
+        expected[Path("out", output_name(name))] = rebuilt(path, (32, 32))
     result = start("try_darionet", "--small", "icons", "--save", "out")
     assert result.code == 0, result.err
     assert {path for path in Path("out").rglob("*") if path.is_file()} == set(expected) and len(expected) == len(NAMES)

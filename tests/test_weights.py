@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import one_line
 
-from experiment.evaluation import enlarger
+from experiment.evaluation import open_restore
 from models import weights as module
 from models.darionet import DarioNet, build_darionet, load_rrdbnet, load_upscalers, row_name
 from models.errors import InputError
@@ -338,7 +338,7 @@ def test_downloaded_once(server, capsys):
     path = server.folder.parent / "mine.pt"
     save_weights(network, path, OURS)
     assert list(load_upscalers([str(path)], NAME)) == ["ESRGAN", "DarioNet"]
-    enlarged = enlarger(NAME, Reduction(0.5), "cpu").network
+    enlarged = open_restore(NAME, Reduction(0.5), "cpu").network
     assert enlarged.conv_first.weight.equal(network.conv_first.weight)
     assert server.asked == 1
 
