@@ -198,11 +198,13 @@ def batches(
     options = {"num_workers": workers, "collate_fn": pack, "generator": torch.Generator()}  # torch's own stays as it is
     options |= {"timeout": POLL, "worker_init_fn": start_worker} if workers else {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # more workers than processors
-            iterator = iter(DataLoader(dataset, batch_sampler=batch_lists, **options))
-        if workers:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the middle of a step
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # more workers than processors
+                iterator = iter(DataLoader(dataset, batch_sampler=batch_lists, **options))
+        finally:
+            if workers:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in the middle of a step
         while not (stopper and stopper.requested and stopper.alone):
             try:
                 parts = next(iterator, None)
@@ -219,6 +221,7 @@ def batches(
         reason = str(error).strip().rpartition("\n")[2].partition(". ")[0]
         if not workers or not (isinstance(error, OSError) or WORKERS_FAULT.search(str(error))):
             raise
+        end()
         with contextlib.redirect_stderr(None):  # torch complains of an iterator that it could not start
             error.__traceback__ = None
         raise OneProcessError(

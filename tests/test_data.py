@@ -420,7 +420,8 @@ def test_batches_need_no_shared_memory(stubborn, monkeypatch):
     read_all(stubborn, 2)
 
 
-def test_more_workers_than_open_files(tmp_path):
+def test_more_workers_than_open_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # pytest's holds files
     dataset = ImageTree(str(draw_folder(tmp_path / "images", 30)), Transform(36, 32))
     limits, held = resource.getrlimit(resource.RLIMIT_NOFILE), []
     used = len(os.listdir("/proc/self/fd"))
@@ -444,6 +445,7 @@ def test_more_workers_than_open_files(tmp_path):
 @pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
 @pytest.mark.parametrize("what", ["multiprocessing.Process.start", "threading.Thread.start"])
 def test_processes_that_the_machine_refuses(stubborn, monkeypatch, number, what, capfd):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
     calls = iter([1, 2])
 
     def refuse(process):
