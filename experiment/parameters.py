@@ -196,7 +196,7 @@ def real_folders(root: str) -> set[str]:
         folder = waiting.pop()
         if folder not in found and os.path.isdir(folder):
             found.add(folder)
-            waiting += [os.path.realpath(inner) for inner in os.scandir(folder) if inner.is_dir()]
+            waiting += [os.path.realpath(inner) for inner in os.scandir(folder) if os.path.isdir(inner.path)]
     return found
 
 

@@ -419,7 +419,10 @@ def run_to_resume(choice: str | None, kind: str = "train") -> Path | None:
         return None
     if choice != "latest":
         path = Path(choice)
-        return path.parent if path.is_file() else path
+        path = path.parent if path.is_file() else path
+        if not any((path / name).is_file() for name in (FILE, PREVIOUS)):
+            raise InputError(f"{path}: no {FILE} to resume from; start without --resume")
+        return path
     runs = runs_of(f"{kind}_*")
     if not runs:
         raise InputError(f"{LOGS}: no training run with a checkpoint; start without --resume")
@@ -469,6 +472,8 @@ def claimed(path: str | Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
         lock.release()
 
 
