@@ -104,6 +104,7 @@ def test_checkpoints(start, experiment, form):
     """With the right checksum: whoever writes the payload can write that too."""
     folder = Path("assets/logs/train_20260101-000000")
     folder.mkdir(parents=True)
+    shutil.copy("parameters.json", folder)
     path = folder / (PREVIOUS if form == "previous" else FILE)
     for contents in files():
         path.write_bytes(contents)
