@@ -206,7 +206,7 @@ def test_one_image_is_saved(start, trained):
     [
         ("icons", "icons", "icons: has to lie outside icons"),
         ("icons", "icons/out", "icons/out: has to lie outside icons"),
-        ("icons", "a file", "a file/8.png: can't be written"),
+        ("icons", "a file", "can't be written (Not a directory)"),
         ("icons", "taken", "taken/b/1.png: can't be written"),
         ("icons/0.png", "icons", "icons/0.png: the image itself"),
         ("icons", "linked", "linked/0.png: the image itself"),
@@ -235,5 +235,5 @@ def test_a_file_that_came_to_be_meanwhile_is_kept(start, trained, monkeypatch):
         return found
 
     monkeypatch.setattr(evaluation, "to_rebuild", and_then)
-    one_line(start("try_darionet", "--small", "icons", "--save", "out"), "out/8.png: another run writes there")
+    one_line(start("try_darionet", "--small", "icons", "--save", "out"), "out/8.png: exists since this run started")
     assert Path("out/8.png").read_text() == "mine"
