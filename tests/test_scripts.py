@@ -513,24 +513,9 @@ def test_classifier_for_data_that_has_none(train_classifier):
     assert result.code == 0, result.err
     assert open_classifier("resnet18", "own.pt").class_names == CLASSES
     assert "12 images of 3 classes in train" in result.out and "own.pt" in result.out
-    folder = last_line(result)
-    assert folder.name.startswith("classifier_")
-    finished = train_classifier("--epochs", 2, "--shift", 2, "--resume", folder)
-    assert finished.code == 0 and "epoch 1" not in finished.out
-
-
-@pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v3_small"])  # the latter has dropout
-def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_classifier, monkeypatch, architecture):
-    options = ["--epochs", 2, "--shift", 2, "--set", f"classifier.architecture={architecture}"]
-    whole = checkpoint(last_line(train_classifier(*options)))
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1, signal.SIGTERM)
-        stopped = train_classifier(*options)
-    assert stopped.code == 143 and "add --resume" in stopped.out
-    resumed = train_classifier("--resume")
-    assert resumed.code == 0, resumed.err
-    found = checkpoint(last_line(resumed))
-    assert same_state(found, whole | {"resolved": found["resolved"]})
+    before = torch.load("own.pt", weights_only=True)["state_dict"]
+    assert train_classifier("--epochs", 2, "--shift", 2).code == 0
+    assert all(tensor.equal(before[name]) for name, tensor in torch.load("own.pt")["state_dict"].items())
 
 
 @pytest.mark.parametrize(
@@ -543,7 +528,6 @@ def test_a_stopped_training_of_a_classifier_ends_as_if_never_stopped(train_class
         (["--set", "classifier.weights=train"], "train: can't be written"),
         (["--set", "classifier.architecture=vit_b_32"], "can't read images of 32x32 pixels"),
         (["--set", "classifier.architecture=alexnet"], "can't read images of 32x32 pixels"),
-        (["--set", "classifier.architecture=googlenet"], "googlenet gives more than scores in training"),
         (["--set", "data.train=nowhere"], "nowhere: no such folder"),
         (["--shift", 32], "--shift 32: has to be from 0 to 31"),
         (["--set", "data.val=held_out"], "the classifier has no class named others"),
@@ -559,15 +543,13 @@ def test_what_a_classifier_cannot_be_trained_with(train_classifier, experiment, 
 def test_a_classifier_of_damaged_images(train_classifier, experiment):
     (experiment / "train" / CLASSES[0] / "0.png").write_bytes(b"broken")
     result = train_classifier("--epochs", 1)
-    assert result.code == 0 and "1 training images could not be read" in result.out
-    assert read_csv(last_line(result) / "unreadable.csv")[0]["image"] == f"{CLASSES[0]}/0.png"
-    Path("own.pt").unlink()
+    assert result.code == 0 and "1 of 18 images were not used: they can't be read" in result.out
     (experiment / "val" / CLASSES[0] / "0.png").write_bytes(b"")
-    assert "1 of 6 validation images could not be read" in train_classifier("--epochs", 1).out
-    for path in (experiment / "train" / CLASSES[0]).iterdir():
-        path.write_bytes(b"")
+    assert "2 of 18 images were not used" in train_classifier("--epochs", 1).out
     Path("own.pt").unlink()
-    one_line(train_classifier("--epochs", 1), f"no image of {CLASSES[0]} can be read")
+    for path in (experiment / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    one_line(train_classifier("--epochs", 1), "val: none of its images could be read")
     assert not Path("own.pt").exists()
 
 
@@ -663,7 +645,7 @@ def test_a_stopped_adaptation_ends_as_if_never_stopped(adapt, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "--output is missing"),
+        ([], "--output"),
         (["--output", "classifier.pt"], "--output classifier.pt: the same file as classifier.weights"),
         (["--output", "train"], "train: can't be written"),
         (["--output", "a.pth", "--enlarge", "nowhere.pth"], "nowhere.pth: no such weights file"),
