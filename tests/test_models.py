@@ -14,7 +14,7 @@ from torchvision.models import ResNet50_Weights, get_model
 import models.scaler
 from benchmarks.correctness import drawn_images
 from experiment.runtime import start_runtime
-from models.classifier import LABELS_FILE, FrozenClassifier, open_classifier, save_classifier
+from models.classifier import LABELS_FILE, FrozenClassifier, default_weights, open_classifier, save_classifier
 from models.darionet import DarioNet
 from models.errors import InputError
 from models.images import to_image, to_tensor
