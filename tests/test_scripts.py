@@ -8,6 +8,7 @@ import subprocess
 import sys
 import unicodedata
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -269,6 +270,18 @@ def test_any_frozen_classifier_and_transfer(start, experiment):
     assert psnr[0] == psnr[1]  # the same rebuilt images
     one_line(start("test", "--set", "classifier.weights=mine.pt"), "mine.pt: holds a mobilenet_v3_small", "resnet18")
     one_line(start("test", "--classifier", "absent.pt"), "absent.pt: no such weights file")
+
+
+def test_a_classifier_by_name(start, trained, monkeypatch):
+    """Without internet the line names the file of the weights that the name stands for."""
+
+    def no_network(*arguments, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(trained))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    for name, file in (("resnet50", "resnet50-0676ba61.pth"), ("vit_h_14", "vit_h_14_swag-80465313.pth")):
+        one_line(start("test", "--classifier", name), f"put the file {file} into")
 
 
 def test_try_one_image(start, trained):
