@@ -11,6 +11,7 @@ from conftest import ROOT, one_line
 
 from experiment.parameters import Parameters, Section, read_parameters, reference
 from experiment.script import refuse_tasks_without_torchrun, run_script, script_parser
+from models.darionet import trained_for
 from models.errors import InputError, OneProcessError
 
 
@@ -47,9 +48,7 @@ def test_published_values():
 
 
 def test_the_page_is_what_the_command_writes():
-    assert (ROOT / "docs/parameters.md").read_text() == reference(), (
-        "run: python -m experiment.parameters > docs/parameters.md"
-    )
+    assert (ROOT / "docs/parameters.md").read_text() == reference(), "python -m experiment.parameters writes it"
     for section in Section.__subclasses__():
         assert all(field.description for field in section.model_fields.values()), section
 
@@ -186,7 +185,7 @@ def test_settings_that_do_not_fit(read, setting, part):
         ("photos", "photos/val", "none"),  # the validation images are training images
         ("photos", "photos", "none"),
         ("photos/val", "photos", "none"),
-        ("photos", "elsewhere", "./photos/val/.."),
+        ("photos", "none", "./photos/val/.."),
         ("link", "photos/val", "none"),
         ("photos", "link/val", "none"),
         ("photos", "elsewhere/a", "none"),  # photos/b leads to elsewhere
@@ -199,7 +198,8 @@ def test_training_on_held_out_images_is_refused(start, experiment, train, val, t
     Path("photos/b").symlink_to(experiment / "elsewhere")
     Path("photos/loop").symlink_to(experiment / "photos")
     settings = [f"--set=data.{key}={folder}" for key, folder in (("train", train), ("val", val), ("test", test))]
-    one_line(start("train_darionet", *settings), "data.", "is also in data.train: keep their images apart")
+    key = "data.val" if test == "none" else "data.test"
+    one_line(start("train_darionet", *settings), f"{key}: ", "is also in data.train: keep their images apart")
     assert not os.path.exists("assets")
 
 
@@ -218,8 +218,13 @@ def test_every_script_refuses_in_one_line(script, start, tmp_path, monkeypatch):
 
 def run_in_shell(body: str, redirection: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Runs a script whose main has this body as a shell would."""
+<<<<<<< ours
     start = "import os, sys, models.errors\nfrom experiment.script import run_script\n"
     script = f"{start}def main():\n    {body}\nrun_script(main)"
+=======
+    script = "import os, sys, models.errors\nfrom experiment.script import run_script\n"
+    script += f"def main():\n    {body}\nrun_script(main)"
+>>>>>>> theirs
     environment = os.environ | {"SCRIPT": script, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment
     command = ["bash", "-c", f'"$PYTHON" -c "$SCRIPT" {redirection}']
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
@@ -333,3 +338,16 @@ def test_every_script_refuses_tasks(start, experiment, monkeypatch, script):
     image = ["test/discs/0.png"] if script == "try_darionet" else []
     one_line(start(script, *image), "torchrun --nproc_per_node=4")
     assert not os.path.exists("assets")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_more_teachers_concern_training_alone(start, experiment):
+    """The other scripts read `classifier`, which --classifier and --set change."""
+    more = 'training.more_teachers=[{"architecture": "resnet18", "weights": "classifier.pt", "head": "fc"}]'
+    trained = start("train_darionet", "--set", more, "--set", "training.epochs=1")
+    assert trained.code == 0 and trained.out.count("Classifier: resnet18, classifier.pt, frozen\n") == 2
+    note = trained_for("DarioNet.pt")
+    assert (note["classifier"]["head"], note["more_teachers"][0]["head"]) == (None, "fc")
+    (experiment / "classifier.pt").rename("other.pt")
+    tested = start("test", "--classifier", "other.pt", "--set", "classifier.head=fc", "--set", more)
+    assert tested.code == 0 and "Classifier: resnet18, other.pt\n" in tested.out
