@@ -218,13 +218,8 @@ def test_every_script_refuses_in_one_line(script, start, tmp_path, monkeypatch):
 
 def run_in_shell(body: str, redirection: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
     """Runs a script whose main has this body as a shell would."""
-<<<<<<< ours
-    start = "import os, sys, models.errors\nfrom experiment.script import run_script\n"
-    script = f"{start}def main():\n    {body}\nrun_script(main)"
-=======
     script = "import os, sys, models.errors\nfrom experiment.script import run_script\n"
     script += f"def main():\n    {body}\nrun_script(main)"
->>>>>>> theirs
     environment = os.environ | {"SCRIPT": script, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment
     command = ["bash", "-c", f'"$PYTHON" -c "$SCRIPT" {redirection}']
     return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)

@@ -56,11 +56,7 @@ def test_any_number_of_processes_sees_the_same_images(count, size, processes, sh
         'training.loss={"pixels":1}',
         "transformations.scale=0.5",
         "darionet.weights=other.pt",
-<<<<<<< ours
         "data.val=test",
-=======
-        "data.train=train/discs",
->>>>>>> theirs
     ],
 )
 def test_a_change_that_matters_is_refused_by_name(start, experiment, monkeypatch, change):
