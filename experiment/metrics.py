@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from models.errors import InputError
 from models.files import write_text
@@ -50,16 +49,19 @@ def ssim(found: Tensor, expected: Tensor) -> Tensor:
 
     The window is a Gaussian of 1.5 pixels; only windows that lie within the image count.
     """
-    steps = torch.arange(WINDOW, device=found.device) - WINDOW // 2
-    gauss = torch.exp(-steps.float().square() / (2 * 1.5**2))
-    gauss = gauss / gauss.sum()
-    x, y = found.float(), expected.float()
-    planes = torch.stack([x, y, x * x, y * y, x * y]).flatten(0, 2)[:, None]
-    means = F.conv2d(F.conv2d(planes, gauss.view(1, 1, -1, 1)), gauss.view(1, 1, 1, -1))
-    mx, my, xx, yy, xy = means.view(5, *x.shape[:2], *means.shape[-2:])
-    luminance = (2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2)
+    gauss = [math.exp(-((k - WINDOW // 2) ** 2) / (2 * 1.5**2)) for k in range(WINDOW)]
+    x, y = found.float() - 0.5, expected.float() - 0.5  # smaller squares, so less is lost to rounding
+    means = torch.stack([x, y, x * x, y * y, x * y])
+    for axis in (-1, -2):
+        length = means.shape[axis] - WINDOW + 1
+        parts = [means.narrow(axis, k, length) for k in range(WINDOW)]
+        means = torch.zeros_like(parts[0])
+        for part, weight in zip(parts, gauss, strict=True):
+            means.add_(part, alpha=weight / sum(gauss))
+    mx, my, xx, yy, xy = means
     structure = (2 * (xy - mx * my) + 0.03**2) / (xx - mx * mx + yy - my * my + 0.03**2)
-    return (luminance * structure).mean((1, 2, 3))
+    mx, my = mx + 0.5, my + 0.5
+    return ((2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2) * structure).mean((1, 2, 3))
 
 
 def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int], seed: int) -> list[dict]:
@@ -68,9 +70,8 @@ def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int]
     Intervals are 95 % percentile intervals of a bootstrap over images, the same images drawn for every variant
     (Efron and Tibshirani 1993, chapter 13). A figure without a value is None.
     """
-    by_variant: dict[str, list[dict]] = {}
-    for row in rows:
-        by_variant.setdefault(row["variant"], []).append(row)
+    names = dict.fromkeys(row["variant"] for row in rows)
+    by_variant = {name: [row for row in rows if row["variant"] == name] for name in names}
     correct = {name: np.array([row["correct"] for row in own], dtype=float) for name, own in by_variant.items()}
     accuracy, draws = bootstrap(correct, seed)
     table = []

@@ -144,7 +144,7 @@ def image_grid(
 
 
 def results_table(variants: list[dict], caption: str, path: Path, ours: str = OURS) -> None:
-    """The results table as a figure, the row of `ours` set off."""
+    """The results table as a figure, the row of `ours` in bold."""
     cells = [[legible(cell) for cell in row] for row in table_cells(variants)]
     widths = [max(map(len, column)) + 2 for column in zip(HEADINGS, *cells, strict=True)]
     columns = {"colLabels": HEADINGS, "colWidths": [w / sum(widths) for w in widths]}
@@ -160,8 +160,6 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
                 cell.set_text_props(ha="left")
             if row == 0 or variants[row - 1]["name"] == ours:
                 cell.set_text_props(fontweight="bold")
-            if row and variants[row - 1]["name"] == ours:
-                cell.set_facecolor("#e8f1fa")
         axes.set_title(legible(caption), fontsize=9, color=PLAIN)
 
 
@@ -190,10 +188,8 @@ def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> N
 
 def by_class(classes: list[dict]) -> dict[str, dict[str, float]]:
     """Variant -> class -> F1, from the rows of `per_class`."""
-    table: dict[str, dict[str, float]] = {}
-    for row in classes:
-        table.setdefault(row["variant"], {})[row["class"]] = row["f1"]
-    return table
+    variants = dict.fromkeys(row["variant"] for row in classes)
+    return {v: {row["class"]: row["f1"] for row in classes if row["variant"] == v} for v in variants}
 
 
 def sample_note(classes: list[dict]) -> str:
@@ -336,18 +332,9 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
             axes.set_axis_off()
         top = A4[1]
         write("Parameters", 12, fontweight="bold")
-        for line in flattened(parameters):
+        for line in json.dumps(parameters, ensure_ascii=False, indent=4).splitlines():
             write(line, 8, family=["DejaVu Sans Mono", *fonts])
         write_atomically(path, save)
-
-
-def flattened(values: dict, prefix: str = "") -> list[str]:
-    """A line `section.key  value` for every parameter."""
-    lines = []
-    for key, value in values.items():
-        name, text = f"{prefix}{key}", json.dumps(value, ensure_ascii=False)
-        lines += flattened(value, f"{name}.") if isinstance(value, dict) else [f"{name:55} {text}"]
-    return lines
 
 
 def degradation(rows: list[dict], original: float, path: Path) -> None:
@@ -357,7 +344,7 @@ def degradation(rows: list[dict], original: float, path: Path) -> None:
     """
     names, scales = list(rows[0]["accuracy"]), list(dict.fromkeys(row["scale"] for row in rows))
     palette = dict(zip(names, [COLOURS[BASELINE], *SERIES[2:4], *SERIES[:1], *SERIES[4:]], strict=False))
-    size = 1.3 * len(rows) + 2, 3.4
+    size = len(rows) + 2, 3.4
     with drawing(path, 1, len(scales), figsize=size, squeeze=False, sharey=True) as (figure, (places,)):
         for axes, scale in zip(places, scales, strict=True):
             own = [row for row in rows if row["scale"] == scale]

@@ -40,15 +40,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd EXIF data, odd palettes
             with Image.open(path, formats=FORMATS) as image:
-                refuse_odd_layout(image)
-                frame = image.tile[0].extents if image.format == "GIF" and image.tile else None
-                image.load()
-                rgb = to_rgb(turn_upright(image))
-        if frame and frame != (0, 0, *rgb.size):  # what a first frame leaves of its canvas is transparent
-            whole = Image.new("RGB", rgb.size, "white")
-            whole.paste(rgb.crop(frame), frame[:2])
-            return whole
-        return rgb
+                return as_shown(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -63,11 +55,31 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     raise UnreadableImage(reason.replace(f" {name!r}", "").replace(name, "").replace("\n", " ")[:200])
 
 
+def as_shown(image: Image.Image) -> Image.Image:
+    """An image, best not loaded yet, as 8-bit sRGB, upright, on white."""
+    refuse_odd_layout(image)
+    tiles = getattr(image, "tile", ())
+    frame = tiles[0].extents if image.format == "GIF" and tiles else None
+    image.load()
+    rgb = to_rgb(turn_upright(image))
+    if frame and frame != (0, 0, *rgb.size):  # what a GIF's first frame leaves of its canvas is transparent
+        whole = Image.new("RGB", rgb.size, "white")
+        whole.paste(rgb.crop(frame), frame[:2])
+        return whole
+    return rgb
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
+        return ImageOps.exif_transpose(image)
+    return image
+
+
 def refuse_odd_layout(image: Image.Image) -> None:
-    """Refuses what Pillow opens and shows wrongly; `image` is not loaded yet."""
+    """Refuses what Pillow opens and shows wrongly."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     bits, photometric = set(tags.get(258, (1,))), tags.get(262)
-    keyed = image.format == "PNG" and "transparency" in image.info
+    keyed = image.format == "PNG" and "transparency" in image.info and image.tile
     odd = {
         "signed or floating-point pixels have no fixed black and white": set(tags.get(339, (1,))) != {1},
         "each channel by itself": tags.get(284, 1) != 1,
@@ -76,17 +88,11 @@ def refuse_odd_layout(image: Image.Image) -> None:
         "16 bits, of which 0 is white": photometric == 0 and 16 in bits,
         "YCbCr that is not compressed as JPEG": photometric == 6 and image.info.get("compression") != "jpeg",
         "a palette of 8 bits, not 16": max(tags.get(320, (256,))) < 256,
-        "a transparent colour that is not of 8 bits": keyed and image.tile[0].args not in PNG_8_BITS,
+        "a transparent colour that is not of 8 bits": bool(keyed) and keyed[0].args not in PNG_8_BITS,
     }
     for reason, found in odd.items():
         if found:
             raise UnreadableImage(reason)
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
-        return ImageOps.exif_transpose(image)
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -105,7 +111,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, image.mode if mode in DEEP else "RGB")
-    rgb = to_srgb(image.convert(kind), info)
+    rgb = to_srgb(image if image.mode == kind else image.convert(kind), info)
     rgb.info = {}  # it has no other colours now
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
 
@@ -148,8 +154,8 @@ def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An image of any mode -> (1,3,height,width) float32 in [0,1], as `turn_upright` and `to_rgb` show it."""
-    return vision.to_dtype(vision.pil_to_tensor(to_rgb(turn_upright(image))), torch.float32, scale=True)[None]
+    """An image of any mode -> (1,3,height,width) float32 in [0,1], `as_shown`."""
+    return vision.to_dtype(vision.pil_to_tensor(as_shown(image)), torch.float32, scale=True)[None]
 
 
 def to_image(images: Tensor) -> Image.Image:

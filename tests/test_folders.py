@@ -206,7 +206,7 @@ def test_one_image_is_saved(start, trained):
     [
         ("icons", "icons", "icons: has to lie outside icons"),
         ("icons", "icons/out", "icons/out: has to lie outside icons"),
-        ("icons", "a file", "can't be written (Not a directory)"),
+        ("icons", "a file", ": can't be written"),
         ("icons", "taken", "taken/b/1.png: can't be written"),
         ("icons/0.png", "icons", "icons/0.png: the image itself"),
         ("icons", "linked", "linked/0.png: the image itself"),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, PngImagePlugin, TiffImagePlugin
 from test_images import chunk, encoded, png
 
-from models.images import UnreadableImage, read_image, to_rgb
+from models.images import UnreadableImage, read_image, to_rgb, to_tensor
 
 WIDTH, HEIGHT = 16, 4
 RAMP = np.arange(WIDTH) / (WIDTH - 1)
@@ -118,6 +118,8 @@ def test_layouts_of_tiff_that_pillow_shows_wrongly(tmp_path):
         indices = packed(np.tile(levels(depth), (HEIGHT, 1)), depth)
         contents = tiff("<", {259: [1], 258: [depth], 262: [3], 277: [1], 320: colours}, [indices])
         assert "palette of 8 bits" in outcome(tmp_path / "a.tif", contents, shown(depth))
+        with pytest.raises(UnreadableImage, match="palette"), Image.open(tmp_path / "a.tif") as image:
+            to_tensor(image)  # as DarioNet reads what Python gives it
 
 
 def ramp_png(bits: int, kind: int, extra: bytes = b"") -> bytes:

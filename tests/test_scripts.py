@@ -766,6 +766,21 @@ def test_sheets_say_what_the_table_counts(start, trained, monkeypatch):
         assert [colour for _, colour in line] == expected
 
 
+@pytest.mark.usefixtures("no_figures")
+def test_only_a_runs_own_curves_are_in_the_report(start, trained, monkeypatch):
+    from experiment import plots
+
+    Path("run").mkdir()
+    for path in ("curves.png", "run/curves.png"):
+        Image.new("RGB", (5, 5)).save(path)
+    seen = []
+    monkeypatch.setattr(plots, "report", lambda title, text, parameters, figures, path: seen.append(dict(figures)))
+    assert start("test").code == 0
+    write_note("DarioNet.pt", {"run": "run"})
+    assert start("test").code == 0
+    assert seen == [{}, {"Training": Path("run/curves.png")}]
+
+
 def test_a_thumbnail_that_is_taken_for_a_photograph(start, trained):
     for side, refused in ((12, True), (15, True), (16, False), (40, False)):
         draw("discs", 1, side).save("thumbnail.png")
