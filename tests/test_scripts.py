@@ -776,7 +776,7 @@ def test_only_a_runs_own_curves_are_in_the_report(start, trained, monkeypatch):
     seen = []
     monkeypatch.setattr(plots, "report", lambda title, text, parameters, figures, path: seen.append(dict(figures)))
     assert start("test").code == 0
-    write_note("DarioNet.pt", {"run": "run"})
+    save_weights(load_generator("DarioNet.pt"), "DarioNet.pt", {"run": "run"})
     assert start("test").code == 0
     assert seen == [{}, {"Training": Path("run/curves.png")}]
 
