@@ -45,7 +45,8 @@ from benchmarks.correctness import (
 )
 from benchmarks.plain import plain_loss
 from experiment.data import Batch, to_float
-from experiment.distillation import distillation_loss, step, validate
+from experiment.distillation import distillation_loss, validate
+from experiment.run import Run
 from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet, to_device
@@ -166,8 +167,9 @@ class Ours:
         self.pipeline = pipeline_of(classifier, network)
         loss = partial(distillation_loss, teachers=[classifier], weights={"logits": 1.0})
         self.loss = compiled(loss) if runtime.device.type == "cuda" else loss
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+        parameters = {"training": {"gradient_clip_norm": 1.0}}
+        self.run = Run("benchmark", None, runtime, parameters, {}, network, optimizer, None, None)  # for its step alone
         self.batches = [Batch(images, torch.arange(len(images)), []) for images in batches]
 
     def loss_on(self, images: Tensor, indices: Tensor | None = None, **options):
@@ -175,10 +177,11 @@ class Ours:
 
     def train(self) -> None:
         """One step a batch."""
-        scaling = (self.network, self.optimizer, self.scaler, self.runtime)
         for batch in self.batches:
-            done = step(batch, self.loss_on, *scaling, learning_rate=LEARNING_RATE, clip_norm=1.0)
-            assert done.taken, "the loss was not finite"
+            with self.runtime.autocast():
+                losses = self.loss_on(to_float(batch.images, self.runtime.device))
+            self.run.step(losses, batch, LEARNING_RATE)
+            assert not self.run.state.skipped, "the loss was not finite"
 
     def evaluate(self) -> None:
         """One validation batch a batch: the loss, and the scores on the original and on the rebuilt images."""

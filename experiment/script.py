@@ -99,6 +99,9 @@ def run_script(main: Callable[[], int | None]) -> None:
     os.close(number)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one prints
     output = unbroken(sys.stdout, 1) if first else open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
     errors = unbroken(sys.stderr, 2)

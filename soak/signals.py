@@ -79,8 +79,8 @@ def case(folder: Path, reference: Path, phase: str, number: int, group: bool, wo
     seconds = time.monotonic() - sent
     if not told:
         return f"it never came there: {code}\n{output(folder)}"
-    if phase == PHASES[0]:  # nothing stands yet: the system's own ending of SIGTERM will do
-        if code not in (128 + number, -number) or "Traceback" in output(folder):
+    if phase in PHASES[:2]:  # there is nothing to resume yet
+        if code != 128 + number or "Traceback" in output(folder):
             return f"exit {code}\n{output(folder)}"
         if wait(start(folder)):
             return output(folder)

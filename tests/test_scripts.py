@@ -648,7 +648,7 @@ def test_a_stopped_adaptation_ends_as_if_never_stopped(adapt, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 1, signal.SIGTERM)
         stopped = adapt(*options)
-    assert stopped.code == 143 and "add --resume" in stopped.out
+    assert stopped.code == 143 and "--resume assets/logs/adapt_" in stopped.out
     one_line(adapt("--resume", "--enlarge", "bilinear"), "options.enlarge bicubic, now it is bilinear")
     resumed = adapt("--resume")
     assert resumed.code == 0, resumed.err
