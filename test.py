@@ -73,7 +73,9 @@ def main() -> int:
         seed_without_tf32(options.seed)
         dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        networks = load_upscalers(weights, parameters.darionet.initial_weights, runtime.device)
+        networks = load_upscalers(
+            weights, parameters.darionet.initial_weights, runtime.device, t.interpolation, t.antialias
+        )
         classifier = to_device(open_classifier(**section.model_dump()), runtime.device)
         classifier.check(t.val_crop_size, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)

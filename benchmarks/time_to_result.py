@@ -29,6 +29,7 @@ from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet
 from models.errors import InputError
+from models.pipeline import Upscale
 from models.scaler import Reduction
 from models.weights import load_strictly
 
@@ -136,7 +137,11 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
     lists = epoch_batches(len(dataset), options.batch_size, **order)
     is_cuda = runtime.device.type == "cuda"
-    pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), {OURS: network})
+    pipelines = make_pipelines(
+        classifier,
+        Reduction(t.scale, t.interpolation, t.antialias),
+        {OURS: Upscale(network, t.interpolation, t.antialias)},
+    )
     pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
     result = Evaluation()
     with Stopper() as stopper, progress_bar(len(lists), "evaluation", leave=False) as bar:

@@ -37,7 +37,7 @@ from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, to_device
 from models.errors import InputError
-from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Jpeg, Reduction
 
 
@@ -72,8 +72,7 @@ def main() -> int:
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
     weights = arguments.weights or [d.weights]
-    networks = load_upscalers(weights, d.initial_weights, runtime.device)
-    restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
+    restores |= load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
     pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
     scales = arguments.scales or [t.scale]
     reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}

@@ -28,6 +28,7 @@ from experiment.sampling import open_images
 from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image
 
+SMALLEST_LARGE = 0.5  # times the crop: an image that is smaller is no original
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
@@ -80,6 +81,18 @@ class Whole(NamedTuple):
         if max(image.size) > LONGEST * min(image.size):
             raise UnreadableImage(f"{size} are a strip, too long to rebuild")
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def photograph(path: str | Path, resize: int, crop: int) -> Tensor:
+    """An image of full size as uint8 (3,crop,crop), cropped as for the test.
+
+    Raises:
+        UnreadableImage: no image, or one that looks small already.
+    """
+    image = read_image(path)
+    if min(image.size) < SMALLEST_LARGE * crop:
+        raise UnreadableImage(f"{image.width}x{image.height} pixels: it looks small already; add --small")
+    return Transform(resize, crop)(image, 0)
 
 
 class Batch(NamedTuple):
@@ -300,8 +313,8 @@ def batches_of_one_size(arriving: Iterable[Batch], full: Callable[[int, int], in
     yield from groups.values()
 
 
-def to_float(images: Tensor, device: torch.device) -> Tensor:
+def to_float(images: Tensor, device: torch.device | str) -> Tensor:
     """uint8 (N,3,H,W) -> float32 in [0,1] on `device`, in channels_last but on Macs' GPUs."""
-    order = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    order = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
     images = images.to(device, non_blocking=True).contiguous(memory_format=order)
     return images.float().div_(255)

@@ -24,8 +24,7 @@ from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.images import to_image
-from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
-from models.rrdbnet import RRDBNet
+from models.pipeline import Enlarge, Pipeline, Size, Upscale, unchanged
 from models.scaler import INTERPOLATIONS, Reduction
 from models.weights import published_file
 
@@ -45,7 +44,7 @@ class Evaluation:
 def make_pipelines(
     classifier: FrozenClassifier,
     reduction: Reduction,
-    networks: dict[str, RRDBNet],
+    networks: dict[str, Upscale],
     rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
@@ -58,10 +57,7 @@ def make_pipelines(
         Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
         Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
         *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in rivals.items()),
-        *(
-            Pipeline(name, classifier, reduction, Upscale(network, reduction.interpolation, reduction.antialias))
-            for name, network in networks.items()
-        ),
+        *(Pipeline(name, classifier, reduction, restore) for name, restore in networks.items()),
     ]
 
 
@@ -75,6 +71,21 @@ def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarg
     if how in INTERPOLATIONS:
         return Enlarge(how)
     return Upscale(load_rrdbnet(published_file(how), device).eval(), reduction.interpolation, reduction.antialias)
+
+
+@torch.no_grad()
+def ask(
+    pipeline: Pipeline, images: Tensor, runtime: Runtime, size: Size | None = None, top: int = 1
+) -> tuple[Tensor, Tensor, list[list[dict]]]:
+    """(N,3,H,W) in [0,1] -> the small and the rebuilt images, and the `top` predictions of each.
+
+    Raises:
+        InputError: scores that are not finite.
+    """
+    with runtime.autocast():
+        small, rebuilt, logits = pipeline(images, size)
+    require_finite(logits, f"the image of {pipeline.name}")
+    return small, rebuilt, pipeline.classifier.predictions(logits, top)
 
 
 @torch.no_grad()

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from experiment.script import printable
 from models.errors import InputError
 
+SHIPPED = Path(__file__).parents[1] / "examples/photographs/parameters.json"
+
 
 def expand_home(text: str) -> str:
     """`text` with a home folder for the ~ or ~user that it begins with."""
@@ -224,6 +226,18 @@ def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameter
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(f"{path}: {describe(faults[0])}{more}")
     return Parameters.model_validate(values)
+
+
+def parameters_or_shipped(path: str | None, settings: Sequence[str], weights: Sequence[str] | None) -> Parameters:
+    """The parameters; those of the shipped network if neither a file nor weights are named and the default's weights
+    do not exist."""
+    parameters = read_parameters(path or "parameters.json", settings)
+    if path is None and not weights and not os.path.isfile(parameters.darionet.weights) and SHIPPED.is_file():
+        shipped = read_parameters(SHIPPED, settings)
+        if os.path.isfile(shipped.darionet.weights):
+            print(f"{parameters.darionet.weights} does not exist: taking {shipped.darionet.weights} and its classifier")
+            return shipped
+    return parameters
 
 
 def refuse_repetition(pairs: list[tuple[str, object]]) -> dict:

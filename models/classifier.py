@@ -129,8 +129,18 @@ class FrozenClassifier(nn.Module):
         """
         images = to_tensor(image) if isinstance(image, Image.Image) else image.reshape(1, 3, *image.shape[-2:])
         resized = Scaler(side, antialias=True)(images.to(self.mean.device)).clamp(0, 1)
-        best = self(resized)[0].float().softmax(0).topk(min(top, len(self.labels)))
-        return [(self.labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return [(p["label"], p["probability"]) for p in self.predictions(self(resized), top)[0]]
+
+    def predictions(self, logits: Tensor, top: int = 1) -> list[list[dict]]:
+        """The `top` likeliest classes of every row of (N, classes), if there are as many: class, label, probability."""
+        probabilities = logits.float().softmax(1).cpu()
+        return [
+            [
+                {"class": self.class_names[i], "label": self.labels[i], "probability": round(row[i].item(), 6)}
+                for i in best
+            ]
+            for row, best in zip(probabilities, probabilities.topk(min(top, len(self.labels)))[1].tolist(), strict=True)
+        ]
 
     def reads(self, height: int, width: int) -> bool:
         """Whether it takes images of this size: some architectures want one size, others can't read small ones."""

@@ -106,11 +106,16 @@ def build_darionet(
 
 
 def load_upscalers(
-    weights: list[str], initial_weights: str | None, device: torch.device | str = "cpu"
-) -> dict[str, RRDBNet]:
+    weights: list[str],
+    initial_weights: str | None,
+    device: torch.device | str = "cpu",
+    interpolation: str = "bilinear",
+    antialias: bool = False,
+) -> dict[str, Upscale]:
     """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
-    `initial_weights` may be a name, as in `build_darionet`; if it can't be downloaded, a line says so.
+    `initial_weights` may be a name, as in `build_darionet`; if it can't be downloaded, a line says so. `interpolation`
+    and `antialias` are those of Upscale.
 
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
@@ -133,7 +138,8 @@ def load_upscalers(
     names = [name if kinds[name := row_name(path)] == 1 else Path(path).stem for path in paths]
     taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
     names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
-    return {name: load_rrdbnet(path, device).eval() for name, path in zip(names, paths, strict=True)}
+    networks = [load_rrdbnet(path, device).eval() for path in paths]
+    return {name: Upscale(one, interpolation, antialias) for name, one in zip(names, networks, strict=True)}
 
 
 def row_name(path: str) -> str:

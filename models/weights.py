@@ -241,7 +241,9 @@ def refuse_unwritable_weights(path: str | Path, key: str) -> None:
     if os.path.realpath(path) == os.path.realpath(SHIPPED):
         raise InputError(f"{path} comes with the project and is not written over: change {key}")
     if Path(path).suffix == ".safetensors":
-        raise InputError(f"{path}: weights are written as torch does: change {key} to .pt, and --export it later")
+        raise InputError(
+            f"{path}: weights are written as torch does: change {key} to .pt; examples/export.py converts it"
+        )
     refuse_unwritable(path, key)
 
 

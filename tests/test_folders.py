@@ -187,7 +187,7 @@ def test_one_image_is_saved(start, trained):
     draw("checks", 5, 90).save("photograph.jpg")
     assert start("try_darionet", "--small", "icon.png", "--save", "out").code == 0
     assert abs(pixels(Path("out/icon.png")) - rebuilt(Path("icon.png"), (32, 32))).max() <= 1
-    one_line(start("try_darionet", "--small", "icon.png", "--save", "out"), "out/icon.png: is there already")
+    one_line(start("try_darionet", "--small", "icon.png", "--save", "out"), "out/icon.png: already exists")
     assert start("try_darionet", "--small", "icon.png", "--save", "out", "--overwrite").code == 0
 
     result = start("try_darionet", "photograph.jpg", "--save", "out")

@@ -85,7 +85,6 @@ PLACES = {
     "--classifier of test.py": ("test", "--classifier", "bad.pt"),
     "darionet.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.weights=bad.pt"),
     "--weights of try_darionet.py": ("try_darionet", "a.png", "--weights", "bad.pt"),
-    "initial_weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.initial_weights=bad.pt"),
     "classifier.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "classifier.weights=bad.pt"),
 }
 

@@ -26,14 +26,6 @@ from experiment.runtime import start_runtime
 start_runtime("float32")
 print(faults())
 """,
-    "the notebook and the web page": """
-from experiment.parameters import read_parameters
-import try_darionet
-for name in ("load_upscalers", "open_classifier", "to_device"):
-    setattr(try_darionet, name, lambda *arguments, **options: type("Nothing", (), {"items": list, "check": print})())
-try_darionet.Reader(read_parameters("parameters.json", []), [])
-print(faults())
-""",
     "a worker": """
 from experiment.data import batches
 

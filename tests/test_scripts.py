@@ -287,7 +287,7 @@ def test_a_classifier_by_name(start, trained, monkeypatch):
 def test_try_one_image(start, trained):
     torch.save(RRDBNet(8, 1, 4).state_dict(), "ESRGAN_x4.pth")
     draw("checks", 5, 90).save("my image.jpg")
-    result = start("try_darionet", "my image.jpg", "--set", "darionet.initial_weights=ESRGAN_x4.pth")
+    result = start("try_darionet", "my image.jpg", "--weights", "ESRGAN_x4.pth", "DarioNet.pt")
     assert result.code == 0, result.err
     folder = last_line(result)
     assert folder.name.startswith("try_") and folder.name.endswith("_my_image")
@@ -340,7 +340,7 @@ def test_try_small_images(start, trained):
 
 def test_try_what_is_no_image(start, trained):
     one_line(start("try_darionet", "absent.png"), "absent.png: no such image")
-    one_line(start("try_darionet", "--export", "a.onnx", "--save", "out"), "--save OUT goes with an image")
+    one_line(start("try_darionet"), "image")
     Path("text.jpg").write_text("hello")
     one_line(start("try_darionet", "text.jpg"), "text.jpg", "cannot identify", "JPEG, PNG")
     one_line(start("try_darionet", "test"), "test: a folder", "--small")
@@ -799,16 +799,9 @@ def test_without_weights_of_ones_own_the_shipped_network_is_taken(start, trained
     values["darionet"]["weights"] = "shipped.pt"
     Path("shipped.json").write_text(json.dumps(values))
     draw("discs", 1).save("a.png")
-    load = load_script
-
-    def with_shipped(name):
-        module = load(name)
-        module.SHIPPED = Path("shipped.json")
-        return module
-
-    monkeypatch.setattr("conftest.load_script", with_shipped)
+    monkeypatch.setattr("experiment.parameters.SHIPPED", Path("shipped.json"))
     result = start("try_darionet", "a.png")
-    assert result.code == 0 and "DarioNet.pt is not there: taking shipped.pt and its classifier" in result.out
+    assert result.code == 0 and "DarioNet.pt does not exist: taking shipped.pt and its classifier" in result.out
     assert json.loads((last_line(result) / "parameters.json").read_text())["transformations"]["scale"] == 0.5
     one_line(start("try_darionet", "a.png", "--weights", "absent.pt"), "absent.pt: no such weights file")
     one_line(start("try_darionet", "a.png", "--parameters", "parameters.json"), "DarioNet.pt: no such weights file")
