@@ -649,8 +649,10 @@ def test_a_stopped_adaptation_ends_as_if_never_stopped(adapt, monkeypatch):
         stop_after(patch, 1, signal.SIGTERM)
         stopped = adapt(*options)
     assert stopped.code == 143 and "--resume assets/logs/adapt_" in stopped.out
-    one_line(adapt("--resume", "--enlarge", "bilinear"), "options.enlarge bicubic, now it is bilinear")
-    resumed = adapt("--resume")
+    one_line(
+        adapt("--output", "adapted.pth", "--resume", "--enlarge", "bilinear"), "enlarge bicubic, now it is bilinear"
+    )
+    resumed = adapt("--output", "adapted.pth", "--resume", "--enlarge", "bicubic")
     assert resumed.code == 0, resumed.err
     assert same_state(checkpoint(last_line(resumed)), whole)
 
