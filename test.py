@@ -7,11 +7,14 @@
     python test.py --weights A.pt B.pt                           two networks in one table
     python test.py --classifier efficientnet_b0                  read by a classifier that DarioNet never met
     python test.py --rival Adapted adapted.pth                   beside a classifier of examples/adapt_classifier.py
+    python test.py --small --set data.test=thumbnails            images that are small already, in class folders
     torchrun --nproc_per_node=4 test.py                          one process per GPU: the same numbers, sooner
 
 Variants: Original; Small (the small image itself); Bilinear; Bicubic; rivals, whose PSNR and SSIM are those of the
 enlarged images that they read; the network that training started from (darionet.initial_weights, if the file
-exists): ESRGAN, or Pixels; DarioNet (darionet.weights). Everything is written to assets/logs/test_<stamp>/.
+exists): ESRGAN, or Pixels; DarioNet (darionet.weights). With --small no image is reduced, their sizes may differ, and
+what needs an original is left out: its row, PSNR, SSIM, agreement, what is recovered. Everything is written to
+assets/logs/test_<stamp>/.
 """
 
 import json
@@ -21,8 +24,17 @@ import torch
 from torchvision import models
 
 from experiment import metrics, plots
-from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
-from experiment.evaluation import Evaluation, evaluate, joined, make_pipelines, open_restore
+from experiment.data import (
+    LARGEST_SMALL,
+    ImageTree,
+    Transform,
+    Whole,
+    batches,
+    epoch_batches,
+    small_batches,
+    to_float,
+)
+from experiment.evaluation import Evaluation, evaluate, full_size, joined, make_pipelines, open_restore
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
 from experiment.runtime import (
@@ -40,7 +52,7 @@ from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
 from models.files import write_text
 from models.images import UnreadableImage
-from models.pipeline import Pipeline
+from models.pipeline import Pipeline, unchanged
 from models.scaler import Reduction, reduced_length
 from models.weights import trained_for
 
@@ -62,6 +74,7 @@ def main() -> int:
     parser.add_argument("--classifier", metavar="NAME|FILE", help="another one: an architecture or a weights file")
     rival = {"nargs": 2, "action": "append", "default": [], "metavar": ("NAME", "FILE")}
     parser.add_argument("--rival", **rival, help="a row NAME, read by a classifier adapted to small images; repeatable")
+    parser.add_argument("--small", action="store_true", help="the images are small already: do not reduce them")
     arguments = parser.parse_args()
     arguments.set[:0] = classifier_settings(arguments.classifier)
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
@@ -71,13 +84,15 @@ def main() -> int:
         weights = arguments.weights or [parameters.darionet.weights]
         runtime = start_runtime(options.precision)
         seed_without_tf32(options.seed)
-        dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
+        side, is_small = t.val_crop_size, arguments.small
+        transform = Whole(int(LARGEST_SMALL * side)) if is_small else Transform(t.resize_size, side)
+        dataset = ImageTree(parameters.data.test, transform)
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(
             weights, parameters.darionet.initial_weights, runtime.device, t.interpolation, t.antialias
         )
         classifier = to_device(open_classifier(**section.model_dump()), runtime.device)
-        classifier.check(t.val_crop_size, "transformations.val_crop_size")
+        classifier.check(side, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
         rivals = {}
         for name, path in arguments.rival:
@@ -88,20 +103,23 @@ def main() -> int:
                 raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
             how = str(trained_for(path).get("enlarge", "bilinear"))
             rivals[name] = to_device(adapted, runtime.device), open_restore(how, reduction, runtime.device)
-        pipelines = make_pipelines(classifier, reduction, networks, rivals)
-        small = reduced_length(t.val_crop_size, t.scale)
-        if not classifier.reads(small, small):
+        pipelines = make_pipelines(classifier, unchanged if is_small else reduction, networks, rivals)
+        small = reduced_length(side, t.scale)
+        if is_small:
+            pipelines = [pipeline for pipeline in pipelines if pipeline.name not in (ORIGINAL, SMALL)]
+        elif not classifier.reads(small, small):
             pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
             print(f"Left out: {SMALL}, since {section.architecture} can't read {small}x{small} pixels")
         if runtime.is_main:
             folder = new_run_folder("test")
             metrics.write_json(folder / "parameters.json", parameters.model_dump())
+        how = f"small, read at {side} pixels" if is_small else f"reduced {reduction}"
         print(f"Variants: {', '.join(p.name for p in pipelines)}; weights: {', '.join(weights)}")
         print(f"Classifier: {section.describe()}")
-        print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; reduction: {reduction}")
+        print(f"Images: {len(dataset)} in {dataset.root}, {len(set(targets))} classes; {how}")
         print(f"Machine: {runtime.describe()}, batch size {options.batch_size}")
         for path in [*weights, *(path for _, path in arguments.rival)]:
-            if note := other_input(path, reduction):
+            if not is_small and (note := other_input(path, reduction)):
                 print(note)
 
         # Evaluation. A limited epoch takes the next batches of one seeded order; whole ones only steady the timing.
@@ -109,13 +127,14 @@ def main() -> int:
         result, limit = Evaluation(), options.batches_per_epoch
         for epoch in range(options.epochs):
             chosen = runtime.part(lists if limit is None else lists[epoch * limit : (epoch + 1) * limit])
-            is_cuda = runtime.device.type == "cuda"
-            arriving = batches(dataset, chosen, parameters.data.workers, is_cuda, stopper)
-            bar = progress_bar(len(chosen), "test", options.verbose)
+            workers, is_cuda, keep = parameters.data.workers, runtime.device.type == "cuda", epoch == 0 or bool(limit)
+            arriving = batches(dataset, chosen, workers, is_cuda, stopper)
+            if is_small:
+                arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
+            bar = progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image")
             with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
-                evaluate(
-                    pipelines, arriving, dataset, targets, runtime, stopper, bar, result, epoch == 0 or bool(limit)
-                )
+                full_side = side if is_small else None
+                evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
             if stopped := agreed_to_stop(runtime, stopper):
                 break
         result = joined(runtime.gather(result), [dataset.paths[i] for chosen in lists for i in chosen])
@@ -135,7 +154,7 @@ def main() -> int:
             tests = [metrics.mcnemar(rows, ours, name) for name in [BASELINE, *rivals, *networks] if name != ours]
             run = trained_for(weights[-1]).get("run")
             results = {"variants": variants, "device": runtime.name(), "precision": runtime.precision}
-            results |= {"torch": str(torch.__version__), **reduction.note()}
+            results |= {"torch": str(torch.__version__)} | ({"small": True} if is_small else reduction.note())
             results |= {"classifier": section.model_dump(exclude_none=True), "ours": ours}
             results |= {"mcnemar": tests, "training_run": run, "seed": options.seed, "unreadable": unreadable}
             metrics.write_json(folder / "results.json", results | {"stopped_early": stopped})
@@ -144,17 +163,18 @@ def main() -> int:
             classes = metrics.per_class(rows, classifier.class_names, classifier.labels)
             metrics.write_csv(folder / "classes.csv", classes)
             early = ", stopped early" * stopped
-            caption = f"{variants[0]['n']} test images{early}, reduced {reduction}, {section.architecture}"
+            caption = f"{variants[0]['n']} test images{early}, {how}, {section.architecture}"
             text = "\n".join([f"{caption}.", *map(metrics.mcnemar_line, tests)])
             write_text(folder / "results.md", f"{metrics.markdown_table(variants)}\n{text}\n")
             print(f"\n{metrics.markdown_table(variants)}\n{text}\n")
 
             plots.results_table(variants, caption, folder / "table.png", ours)
             plots.decision_strip(rows, folder / "decisions.png", ours)
-            plots.f1_difference(classes, folder / "f1_difference.png", ours)
+            if not is_small:
+                plots.f1_difference(classes, folder / "f1_difference.png", ours)
             plots.class_bars(classes, folder / "classes.png", ours=ours)
             try:
-                draw_images(pipelines, dataset, rows, runtime.device, folder)
+                draw_images(pipelines, dataset, rows, runtime.device, folder, full_side)
             except UnreadableImage as error:
                 print(f"Figures that show images are left out: {error}")
             figures = {heading: folder / name for heading, name in FIGURES.items()}
@@ -187,9 +207,16 @@ def classifier_settings(choice: str | None) -> list[str]:
 
 @torch.no_grad()
 def draw_images(
-    pipelines: list[Pipeline], dataset: ImageTree, rows: list[dict], device: torch.device, folder: Path
+    pipelines: list[Pipeline],
+    dataset: ImageTree,
+    rows: list[dict],
+    device: torch.device,
+    folder: Path,
+    side: int | None,
 ) -> None:
     """Writes the figures that show images: some unselected ones, the worst cases, and the stages of the first.
+
+    `side` is as in `evaluate`.
 
     Raises:
         UnreadableImage: one of them can't be read any more.
@@ -198,12 +225,15 @@ def draw_images(
     labels = dict(zip(classifier.class_names, classifier.labels, strict=True))
     scored = {(row["image"], row["variant"]): row for row in rows}
 
-    def load(chosen: list[str]) -> torch.Tensor:
-        images = [dataset[dataset.paths.index(path)][1] for path in chosen]
-        for image, path in zip(images, chosen, strict=True):
-            if isinstance(image, str):  # the reason
-                raise UnreadableImage(f"{path}: {image}")
-        return to_float(torch.stack(images), device)
+    def load(path: str) -> torch.Tensor:
+        image = dataset[dataset.paths.index(path)][1]
+        if isinstance(image, str):  # the reason
+            raise UnreadableImage(f"{path}: {image}")
+        return to_float(image[None], device)
+
+    def run(pipeline: Pipeline, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        small, rebuilt, logits = pipeline(image, side and full_size(image.shape, side))
+        return small[0], rebuilt[0], logits[0]
 
     def title(path: str, variant: str) -> tuple[str, str]:
         row = scored[path, variant]  # what the table counts
@@ -213,16 +243,18 @@ def draw_images(
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     for name, chosen in (("triptychs", order[:SHOWN]), ("worst", metrics.worst_cases(rows, SHOWN, ours.name))):
         if chosen:
-            images = load(chosen)
-            columns = {pipeline.name: pipeline(images)[1] for pipeline in pipelines}
+            images = [load(path) for path in chosen]
+            columns = {pipeline.name: [run(pipeline, image)[1] for image in images] for pipeline in pipelines}
             titles = [[title(path, variant) for variant in columns] for path in chosen]
+            if side:
+                columns = {"As it came": [image[0] for image in images]} | columns
+                titles = [[("", plots.PLAIN), *row] for row in titles]
             plots.image_grid(columns, titles, folder / f"{name}.png")
 
-    small, rebuilt, logits = ours(original := load(order[:1]))
-    top = logits[0].softmax(0).topk(min(5, len(labels)))
-    scores = [(classifier.labels[i], p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
-    stages = [("original", original[0]), (f"reduced {ours.reduce}", small[0])]
-    stages += [(f"{ours.name} x4", ours.restore.network(small)[0]), ("Scaler", rebuilt[0])]
+    small, rebuilt, logits = run(ours, original := load(order[0]))
+    scores = [(best["label"], best["probability"]) for best in classifier.predictions(logits[None], 5)[0]]
+    stages = [("as it came", small)] if side else [("original", original[0]), (f"reduced {ours.reduce}", small)]
+    stages += [(f"{ours.name} x4", ours.restore.network(small[None])[0]), ("Scaler", rebuilt)]
     plots.pipeline_figure(stages, scores, folder / "pipeline.png")
 
 

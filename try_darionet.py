@@ -2,7 +2,8 @@
 
     python try_darionet.py img.jpg                       reduces it, rebuilds it, compares
     python try_darionet.py --small thumbnail.png         the image is small already: rebuilds and classifies it
-    python try_darionet.py --small folder                the same for every image below a folder: predictions.csv
+    python try_darionet.py --small folder                the same for every image below a folder: predictions.csv, and
+                                                         a sheet of some of them: small.png
     python try_darionet.py --small folder --save OUT     and every rebuilt image as a PNG file below OUT
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
@@ -18,13 +19,12 @@ all.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from experiment import plots
-from experiment.data import ImageTree, Whole, batches, batches_of_one_size, photograph, to_float
-from experiment.evaluation import ask, output_name, save_images, to_rebuild
+from experiment.data import LARGEST_SMALL, ImageTree, Whole, photograph, small_batches, to_float
+from experiment.evaluation import ask, full_size, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
 from experiment.runtime import (
@@ -46,9 +46,7 @@ from models.pipeline import Enlarge, Pipeline, Size, unchanged
 from models.scaler import Reduction, reduced_length
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
-LARGEST_SMALL = 1.5  # times val_crop_size: an image larger than that is not small
-READ_AT_ONCE = 16  # images that a worker reads before it hands them over
-WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
+SHOWN = 6  # images of a folder in small.png
 COLUMNS = ("class", "label", "probability")  # of a prediction
 
 
@@ -145,12 +143,6 @@ def run_folder(path: Path, parameters: Parameters) -> Path:
     return folder
 
 
-def full_size(shape: Sequence[int], side: int) -> Size:
-    """What a small image (...,h,w) is rebuilt to: its shorter side as long as the classifier's crops."""
-    height, width = shape[-2:]
-    return round(height * side / min(height, width)), round(width * side / min(height, width))
-
-
 def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Runtime, path: Path) -> None:
     """The image, (1,3,H,W), reduced by every factor, and what the rows rebuild of it."""
     lines = []
@@ -161,6 +153,21 @@ def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Run
         title = f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px"
         lines.append((title, [images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)]))
     plots.scales(lines, ["original", "small", "bilinear", *(row.name for row in rows[1:])], path)
+
+
+def draw_sheet(
+    dataset: ImageTree, places: list[int], rows: list[Pipeline], runtime: Runtime, side: int, path: Path
+) -> None:
+    """Some small images, what the rows rebuild of them, and what is read there."""
+    columns, titles = {"As it came": [], **{row.name: [] for row in rows}}, []
+    for image in (dataset[i][1] for i in places):
+        images = to_float(image[None], runtime.device)
+        found = [ask(row, images, runtime, full_size(images.shape, side)) for row in rows]
+        for column, shown in zip(columns.values(), [images, *(rebuilt for _, rebuilt, _ in found)], strict=True):
+            column.append(shown[0])
+        verdicts = [f"{plots.shorten(best['label'], 16)} {best['probability']:.0%}" for _, _, ((best,),) in found]
+        titles.append([("", plots.PLAIN), *((verdict, plots.PLAIN) for verdict in verdicts)])
+    plots.image_grid(columns, titles, path)
 
 
 def read_folder(
@@ -197,18 +204,12 @@ def read_folder(
     if before := len(lines):
         print(f"{before} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
 
-    pixels = batch_size * reduced_length(side, t.scale) ** 2  # of a batch of images that were reduced as for the test
-
-    def full_batch(height: int, width: int) -> int:
-        """How many images of this size are read at once: with as many small and rebuilt pixels as that at most."""
-        return max(1, int(min(pixels / (height * width), batch_size * min(height, width) / max(height, width))))
-
-    parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
-    arriving = batches(dataset, parts, parameters.data.workers, stopper=stopper)
+    small_side = reduced_length(side, t.scale)  # so a batch takes the memory of one of test.py
+    arriving = small_batches(dataset, chosen, parameters.data.workers, batch_size, small_side, stopper)
     bar = progress_bar(len(chosen), "reading", unit="image")
     try:
         with bar, out_of_memory_is_one_line(runtime, batch_size, "test.batch_size"):
-            for batch in batches_of_one_size(arriving, full_batch, WAITING * pixels):
+            for batch in arriving:
                 if stopper.requested:
                     break
                 unreadable |= dict(batch.unreadable)
@@ -236,7 +237,13 @@ def read_folder(
         goes_on = "; the same command goes on" if out else ""
         print(f"Stopped: {count + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")
     if count:
-        sides = sorted(min(line["width"], line["height"]) for line in lines.values() if line["width"])
+        read = {i: line for i, line in sorted(lines.items()) if line["width"]}
+        changed = sum(line[f"{rows[0].name.lower()}_class"] != line["bilinear_class"] for line in read.values())
+        sure = (sum(line[f"{row.name.lower()}_probability"] for line in read.values()) / count for row in rows)
+        means = ", ".join(f"{p:.2f} for {row.name}" for row, p in zip(rows, sure, strict=True))
+        print(f"{rows[0].name} changes {changed} of {count} decisions on bilinear images; mean probability {means}")
+        draw_sheet(dataset, list(read)[:: -(-count // SHOWN)], rows[::-1], runtime, side, folder / "small.png")
+        sides = sorted(min(line["width"], line["height"]) for line in read.values())
         if note := other_size(weights[-1], sides[len(sides) // 2], side):
             print(note)
     print(folder)

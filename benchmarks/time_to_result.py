@@ -144,7 +144,7 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     )
     pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
     result = Evaluation()
-    with Stopper() as stopper, progress_bar(len(lists), "evaluation", leave=False) as bar:
+    with Stopper() as stopper, progress_bar(sum(map(len, lists)), "evaluation", unit="image", leave=False) as bar:
         arriving = batches(dataset, lists, parameters.data.workers, is_cuda, stopper)
         evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result)
     if stopper.requested:

@@ -28,6 +28,9 @@ from experiment.sampling import open_images
 from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image
 
+READ_AT_ONCE = 16  # small images that a worker reads before it hands them over
+WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
+LARGEST_SMALL = 1.5  # times the crop: an image that is larger is not small
 SMALLEST_LARGE = 0.5  # times the crop: an image that is smaller is no original
 LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
@@ -160,7 +163,8 @@ class ImageTree(Dataset):
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
         if not any(folders):
             if required:
-                raise InputError(f"{self.root}: no class folders, and without labels there is no accuracy to measure")
+                remedy = "try_darionet.py --small reads small images without labels"
+                raise InputError(f"{self.root}: no class folders, so there is no accuracy to measure; {remedy}")
             return [NO_LABEL] * len(self)
         unknown = sorted(set(folders) - set(indices))
         if "" in unknown:
@@ -311,6 +315,22 @@ def batches_of_one_size(arriving: Iterable[Batch], full: Callable[[int, int], in
         while sum(map(pixels, groups)) > waiting:
             yield groups.pop(max(groups, key=pixels))
     yield from groups.values()
+
+
+def small_batches(
+    dataset: ImageTree, chosen: list[int], workers: int, batch_size: int, side: int, stopper: Stopper | None = None
+) -> Iterator[Batch]:
+    """The chosen images of a folder of small ones, those of one size together, whatever their order.
+
+    A batch has at most as many small and as many rebuilt pixels as `batch_size` square images of `side` pixels.
+    """
+    pixels = batch_size * side**2
+
+    def full(height: int, width: int) -> int:
+        return max(1, int(min(pixels / (height * width), batch_size * min(height, width) / max(height, width))))
+
+    parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
+    return batches_of_one_size(batches(dataset, parts, workers, stopper=stopper), full, WAITING * pixels)
 
 
 def to_float(images: Tensor, device: torch.device | str) -> Tensor:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +73,12 @@ def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarg
     return Upscale(load_rrdbnet(published_file(how), device).eval(), reduction.interpolation, reduction.antialias)
 
 
+def full_size(shape: Sequence[int], side: int) -> Size:
+    """What a small image (...,h,w) is rebuilt to: its shorter side as long as the classifier's crops."""
+    height, width = shape[-2:]
+    return round(height * side / min(height, width)), round(width * side / min(height, width))
+
+
 @torch.no_grad()
 def ask(
     pipeline: Pipeline, images: Tensor, runtime: Runtime, size: Size | None = None, top: int = 1
@@ -99,10 +105,12 @@ def evaluate(
     bar: tqdm,
     result: Evaluation,
     keep_rows: bool = True,
+    side: int | None = None,
 ) -> None:
-    """Adds the images that arrive to `result`. The first of `pipelines` has to be Original, for the agreement with it.
+    """Adds the images that arrive to `result`; returns between two batches if a signal asked to stop.
 
-    Returns between two batches if a signal asked to stop.
+    `side` is the shorter side, in pixels, that images which are small already are rebuilt to. They have no original, so
+    no PSNR, no SSIM and no agreement with it.
 
     Raises:
         InputError: scores that are not finite.
@@ -115,23 +123,24 @@ def evaluate(
         original = None
         for pipeline in pipelines if places else ():
             name, class_names = pipeline.name, pipeline.classifier.class_names
+            size = None if side is None else full_size(images.shape, side)
             with runtime.autocast():
                 if name not in result.seconds:  # the first call compiles and allocates: not timed
-                    pipeline(images[:1])
+                    pipeline(images[:1], size)
                 runtime.synchronize()
                 started = time.perf_counter()
-                _, rebuilt, logits = pipeline(images)
+                _, rebuilt, logits = pipeline(images, size)
                 runtime.synchronize()
             result.seconds[name] = result.seconds.get(name, 0.0) + time.perf_counter() - started
             result.timed[name] = result.timed.get(name, 0) + len(images)
             require_finite(logits, f"the images of {name}")
-            original = logits if original is None else original
+            original = logits if name == ORIGINAL else original
             if keep_rows:
-                compared = None if pipeline.restore is unchanged else rebuilt
+                compared = None if side or pipeline.restore is unchanged else rebuilt
                 for i, row in zip(places, score(logits.float(), target, original, images, compared), strict=True):
                     names = {"class": class_names[targets[i]], "predicted": class_names[row.pop("prediction")]}
                     result.rows.append({"image": dataset.paths[i], "variant": name} | names | row)
-        bar.update()
+        bar.update(len(places) + len(batch.unreadable))
         if stopper.requested:
             return
 
@@ -150,15 +159,18 @@ def joined(parts: list[Evaluation], order: list[str]) -> Evaluation:
     return whole
 
 
-def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebuilt: Tensor | None) -> list[dict]:
-    """One dictionary per image; PSNR and SSIM are None if nothing was `rebuilt`, SSIM also if no window fits."""
+def score(
+    logits: Tensor, target: Tensor, original: Tensor | None, images: Tensor, rebuilt: Tensor | None
+) -> list[dict]:
+    """One dictionary per image; PSNR and SSIM are None if nothing was `rebuilt`, SSIM also if no window fits, and
+    agreement if there are no scores of an `original`."""
     prediction = logits.argmax(1)
     columns = {
         "prediction": prediction,
         "probability": logits.softmax(1).amax(1),
         "correct": (prediction == target).int(),
         "top5": (logits.topk(min(5, logits.shape[1])).indices == target[:, None]).any(1).int(),
-        "agreement": (prediction == original.argmax(1)).int(),
+        "agreement": None if original is None else (prediction == original.argmax(1)).int(),
         "cross_entropy": F.cross_entropy(logits, target, reduction="none"),
         "psnr_db": None if rebuilt is None else psnr_db(rebuilt, images),
         "ssim": None if rebuilt is None or min(images.shape[-2:]) < WINDOW else ssim(rebuilt, images),

@@ -31,7 +31,6 @@ COLUMNS = (  # of the table: heading, format, keys of a variant
     ("PSNR dB", ".2f", "psnr_db"),
     ("SSIM", ".3f", "ssim"),
 )
-HEADINGS = [heading for heading, *_ in COLUMNS]
 
 
 def require_finite(logits: Tensor, what: str) -> None:
@@ -157,15 +156,16 @@ def decisions(rows: list[dict], ours: str = OURS) -> list[dict]:
     table = []
     for image, right in right_or_wrong(rows).items():
         before, after = right[BASELINE], right[ours]
-        row = {"image": image, "class": classes[image], "original": right[ORIGINAL], "bilinear": before}
+        original = {"original": right[ORIGINAL]} if ORIGINAL in right else {}
+        row = {"image": image, "class": classes[image], **original, "bilinear": before}
         table.append(row | {"darionet": after, "decision": names[before, after]})
     return table
 
 
 def worst_cases(rows: list[dict], count: int, ours: str = OURS) -> list[str]:
-    """Images that the classifier knows in the original and misreads most confidently when rebuilt by DarioNet."""
-    known = {row["image"] for row in rows if row["variant"] == ORIGINAL and row["correct"]}
-    wrong = [r for r in rows if r["variant"] == ours and not r["correct"] and r["image"] in known]
+    """Images that the classifier knows in the original, if there is one, and misreads most confidently when rebuilt."""
+    lost = {row["image"] for row in rows if row["variant"] == ORIGINAL and not row["correct"]}
+    wrong = [r for r in rows if r["variant"] == ours and not r["correct"] and r["image"] not in lost]
     return [row["image"] for row in sorted(wrong, key=lambda r: -r["probability"])[:count]]
 
 
@@ -185,17 +185,22 @@ def per_class(rows: list[dict], class_names: list[str], labels: list[str]) -> li
 
 
 def table_cells(variants: list[dict]) -> list[list[str]]:
-    """The results table as text, one row per variant, a dash for what has no value."""
+    """The results table as text: the headings, then one row per variant, a dash for what has no value.
+
+    What no variant has is left out, such as the PSNR of images that have no original.
+    """
 
     def cell(form: str, *values: float | str | None) -> str:
         return "–" if None in values else " to ".join(format(value, form) for value in values)
 
-    return [[cell(form, *(v[key] for key in keys)) for _, form, *keys in COLUMNS] for v in variants]
+    columns = [column for column in COLUMNS if any(v[column[2]] is not None for v in variants)]
+    headings = [heading for heading, *_ in columns]
+    return [headings, *([cell(form, *(v[key] for key in keys)) for _, form, *keys in columns] for v in variants)]
 
 
 def markdown_table(variants: list[dict]) -> str:
     """The results table in Markdown, its columns padded so that it reads well in a terminal too."""
-    rows = [HEADINGS, *table_cells(variants)]
+    rows = table_cells(variants)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
     lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")

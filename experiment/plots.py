@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from experiment.metrics import BASELINE, HEADINGS, ORIGINAL, OURS, SMALL, right_or_wrong, table_cells
+from experiment.metrics import BASELINE, ORIGINAL, OURS, SMALL, right_or_wrong, table_cells
 from models.errors import InputError
 from models.files import write_atomically
 
@@ -145,9 +145,9 @@ def image_grid(
 
 def results_table(variants: list[dict], caption: str, path: Path, ours: str = OURS) -> None:
     """The results table as a figure, the row of `ours` in bold."""
-    cells = [[legible(cell) for cell in row] for row in table_cells(variants)]
-    widths = [max(map(len, column)) + 2 for column in zip(HEADINGS, *cells, strict=True)]
-    columns = {"colLabels": HEADINGS, "colWidths": [w / sum(widths) for w in widths]}
+    headings, *cells = ([legible(cell) for cell in row] for row in table_cells(variants))
+    widths = [max(map(len, column)) + 2 for column in zip(headings, *cells, strict=True)]
+    columns = {"colLabels": headings, "colWidths": [w / sum(widths) for w in widths]}
     with drawing(path, figsize=(0.085 * sum(widths), 0.3 * (len(cells) + 2))) as (_, axes):
         axes.set_axis_off()
         table = axes.table(cells, cellLoc="right", loc="center", edges="horizontal", **columns)
@@ -230,18 +230,19 @@ def lowest(scores: dict[str, float], count: int) -> tuple[list[str], str]:
 def class_bars(classes: list[dict], path: Path, count: int = 10, ours: str = OURS) -> None:
     """The classes that are hardest for DarioNet, those it improves most over bilinear, those it worsens most."""
     f1, labels = by_class(classes), {row["class"]: row["label"] for row in classes}
-    variants = ORIGINAL, ours, BASELINE
-    original, mine, bilinear = (f1[variant] for variant in variants)
+    variants = [variant for variant in (ORIGINAL, ours, BASELINE) if variant in f1]
+    mine, bilinear = f1[ours], f1[BASELINE]
+    reference, name = (f1[ORIGINAL], "the original") if ORIGINAL in f1 else (bilinear, "bilinear")
     choices = {
         "hardest": mine,
         "most improved over bilinear": {c: bilinear[c] - mine[c] for c in mine if mine[c] > bilinear[c]},
-        "furthest below the original": {c: mine[c] - original[c] for c in mine if original[c] > mine[c]},
+        f"furthest below {name}": {c: mine[c] - reference[c] for c in mine if reference[c] > mine[c]},
     }
     size = 13, 0.36 * min(count, len(mine)) + 1.6
     with drawing(path, 1, 3, figsize=size, sharex=True) as (figure, places):
         for axes, (title, scores) in zip(places, choices.items(), strict=True):
             names, note = lowest(scores, count)
-            for offset, variant in zip((-0.27, 0, 0.27), variants, strict=True):
+            for offset, variant in zip((-0.27, 0, 0.27), variants, strict=False):
                 heights = [f1[variant][c] for c in names]
                 axes.barh(np.arange(len(names)) + offset, heights, 0.25, color=colour_of(variant))
             axes.set_yticks(range(len(names)), [shorten(labels[c], 24) for c in names])
@@ -259,7 +260,7 @@ def decision_strip(rows: list[dict], path: Path, ours: str = OURS) -> None:
     """Every image as a column: right or wrong for every variant, sorted so that equal fates are side by side."""
     right = right_or_wrong(rows)
     variants = list(next(iter(right.values())))
-    images = sorted(right, key=lambda i: [-right[i][v] for v in (ORIGINAL, ours, BASELINE)])
+    images = sorted(right, key=lambda i: [-right[i][v] for v in (ORIGINAL, ours, BASELINE) if v in variants])
     grid = np.array([[right[i][v] for i in images] for v in variants])
     before, after = grid[variants.index(BASELINE)], grid[variants.index(ours)]
     pixels = np.array([[192, 57, 43], [159, 211, 172]], dtype=np.uint8)[grid]

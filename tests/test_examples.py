@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 
 import pytest
+import torch
 from conftest import ROOT, draw
 from PIL import Image
 
@@ -215,6 +216,41 @@ def test_degradations(trained, monkeypatch, capfd, start):
     assert found == {name: accuracy[name] for name in ("Bilinear", "Bicubic", "DarioNet")}
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_reading_sizes(trained, monkeypatch, capfd, start, small):
+    """Accuracies are those of test.py, and a network works once per image."""
+    from examples import reading_size
+    from experiment.script import run_script
+
+    options = ["--small"] if small else []
+    monkeypatch.setattr("sys.argv", ["reading_size.py", *options, "--sides", "32", "48", "--weights", "DarioNet.pt"])
+    with pytest.raises(SystemExit) as stop:
+        run_script(reading_size.main)
+    output = capfd.readouterr().out
+    assert stop.value.code == 0, output
+    results = json.loads((trained / output.split()[-1] / "results.json").read_text())
+    assert results["n"] == 9 and [row["name"] for row in results["rows"]] == ["Bilinear", "Bicubic", "DarioNet"]
+    tested = trained / start("test", *options).out.split()[-1]
+    expected = {row["name"]: row["accuracy"] for row in json.loads((tested / "results.json").read_text())["variants"]}
+    for row in results["rows"]:
+        assert row["accuracy"]["32"] == pytest.approx(expected[row["name"]])
+
+
+def test_the_best_size_is_chosen_on_the_other_half():
+    from examples.reading_size import Once, markdown, summarise
+
+    table = {"Bilinear": {96: [1, 1, 0, 0, 0, 0], 128: [0, 0, 0, 1, 1, 1]}, "DarioNet": {96: [0] * 6, 128: [1] * 6}}
+    rows, tests = summarise(table, 0)
+    assert [(row["best"], row["accuracy_at_best"]) for row in rows] == [(96, 0), (128, 1)]
+    assert rows[0]["accuracy"] == {"96": pytest.approx(1 / 3), "128": 0.5}
+    assert (tests[0]["only_first"], tests[0]["only_second"]) == (3, 0)
+    assert "| Bilinear | 0.333 | 0.500 | 96 | 0.000 (0.000 to 0.000) |" in markdown(rows)
+    calls = []
+    once, images = Once(lambda images: calls.append(1) or images + 1), torch.zeros(1)
+    assert once(images).equal(once(images)) and calls == [1]
+    assert once(torch.ones(1)).item() == 2 and calls == [1, 1]
+
+
 def test_degradations_in_numbers():
     """Forty images, all read correctly in the original: what is recovered, in the mean and at worst, is known."""
     from examples.degradation import markdown, overall, summarise
@@ -264,6 +300,8 @@ def test_examples_start_as_files(tmp_path):
     scripts = [
         "adapt_classifier.py",
         "degradation.py",
+        "reading_size.py",
+        "export.py",
         "train_classifier.py",
         "imagenette/prepare.py",
         "tiny_imagenet/prepare.py",

@@ -334,8 +334,39 @@ def test_try_small_images(start, trained):
         *(("a.png", "12", "12"), ("more/b.png", "20", "11")),
     ]
     assert rows[0]["darionet_class"] in CLASSES and 0 < float(rows[0]["bilinear_probability"]) <= 1
+    changed = sum(row["darionet_class"] != row["bilinear_class"] for row in rows)
+    sure = sum(float(row["darionet_probability"]) for row in rows) / 2
+    assert f"DarioNet changes {changed} of 2 decisions on bilinear images; mean probability {sure:.2f}" in result.out
+    assert (folder / "small.png").is_file()
     reasons = {row["image"]: row["reason"] for row in read_csv(folder / "unreadable.csv")}
     assert set(reasons) == {"c.png", "large.png"} and "not small" in reasons["large.png"]
+
+
+def test_small_images_with_labels(start, trained):
+    """What needs an original is left out; decisions are those of try_darionet.py."""
+    for c, kind in enumerate(CLASSES):
+        (trained / "small" / kind).mkdir(parents=True)
+        for i, size in enumerate([(12, 12), (20, 11), (11, 20)]):
+            draw(kind, 100 * c + i, 20).resize(size).save(f"small/{kind}/{i}.png")
+    result = start("test", "--small", "--set", "data.test=small")
+    assert result.code == 0, result
+    folder = last_line(result)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["small"] and "scale" not in results
+    assert [row["name"] for row in results["variants"]] == ["Bilinear", "Bicubic", "DarioNet"]
+    for row in results["variants"]:
+        assert row["n"] == 9 and row["accuracy"] is not None and row["top5"] is not None
+        assert {row[key] for key in ("psnr_db", "ssim", "agreement", "recovered")} == {None}
+    assert "PSNR" not in result.out and "Recovered" not in result.out
+    assert {"triptychs.png", "decisions.png", "classes.png", "pipeline.png", "report.pdf"} <= set(os.listdir(folder))
+    assert "original" not in read_csv(folder / "decisions.csv")[0]
+    tried = {
+        row["image"]: row for row in read_csv(last_line(start("try_darionet", "--small", "small")) / "predictions.csv")
+    }
+    for row in read_csv(folder / "predictions.csv"):
+        if row["variant"] != "Bicubic":
+            assert row["predicted"] == tried[row["image"]][f"{row['variant'].lower()}_class"]
+    one_line(start("test", "--small", "--set", "data.test=small/discs"), "no class folders", "try_darionet.py --small")
 
 
 def test_try_what_is_no_image(start, trained):
