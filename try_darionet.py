@@ -41,7 +41,7 @@ from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
-from models.images import UnreadableImage, read_image
+from models.images import UnreadableImage, is_flattened, read_image
 from models.pipeline import Enlarge, Pipeline, Size, unchanged
 from models.scaler import Reduction, reduced_length
 
@@ -58,6 +58,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="OUT", help="a folder for rebuilt images, PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     arguments = parser.parse_args()
+    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     path, is_small, target = Path(arguments.image), arguments.small, None
     if not path.exists():
         raise InputError(f"{path}: no such image")
@@ -71,7 +72,6 @@ def main() -> int:
             raise InputError(f"{target}: already exists; --overwrite replaces it")
 
     # The networks
-    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     t, side = parameters.transformations, parameters.transformations.val_crop_size
     weights = arguments.weights or [parameters.darionet.weights]
     runtime = start_runtime(parameters.test.precision)
@@ -130,7 +130,8 @@ def main() -> int:
     for p in predictions:
         print(f"{p['of']:{width}}  {p['label']} ({p['probability']:.1%})")
     if target:
-        print(f"The rebuilt image: {target}")
+        flattened = ", its first frame, on white" if is_flattened(path) else ""
+        print(f"The rebuilt image: {target}{flattened}")
     print(folder)
     plots.show_window(folder / ("small.png" if is_small else "classification.png"))
     return 0
@@ -233,6 +234,9 @@ def read_folder(
         if lines:
             write_csv(folder / "predictions.csv", [lines[i] for i in sorted(lines)])
             print(f"{count} images read: {folder / 'predictions.csv'}" + (f"; rebuilt ones in {out}" if out else ""))
+    flattened = sum(is_flattened(path / names[i]) for i in chosen if out and i in lines)
+    if flattened:
+        print(f"{flattened} images have transparency or several frames: rebuilt is their first frame, on white")
     if stopper.requested:
         goes_on = "; the same command goes on" if out else ""
         print(f"Stopped: {count + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")

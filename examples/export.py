@@ -31,6 +31,7 @@ from models.weights import generator_size, sha256_of, trained_for
 
 SUFFIXES = (".onnx", ".safetensors")
 SHAPES = ((1, 3, 16, 16), (2, 3, 24, 20), (3, 3, 7, 33), (1, 3, 81, 54), (1, 3, 1, 1))  # at which parity is checked
+LARGEST_WEIGHT = 2**22  # numbers
 TOLERANCE = 1e-3  # of the largest value; a quarter of a step of 8-bit images
 
 
@@ -46,24 +47,30 @@ def main() -> int:
     t, weights = parameters.transformations, arguments.weights or parameters.darionet.weights
     if path.suffix not in SUFFIXES or (arguments.with_classifier and path.suffix != ".onnx"):
         raise InputError(f"{path}: .onnx or .safetensors are written, and .safetensors without a classifier")
-    if path.exists() and not arguments.overwrite:
-        raise InputError(f"{path}: already exists; --overwrite replaces it")
+    refuse_existing(path, arguments.overwrite)
     refuse_unwritable(path, "the file to write")
     network = load_rrdbnet(weights).eval().requires_grad_(False)
     about = metadata(network, weights)
     if path.suffix == ".safetensors":
-        export_safetensors(network, path, about)
+        contents = to_safetensors(network, path, about)
     elif not arguments.with_classifier:
-        export_onnx(network, path, about, "rebuilt")
+        contents = to_onnx(network, path, about, "rebuilt")
     else:
         section = parameters.classifier.model_dump()
         classifier = open_classifier(**section)
         classifier.check(t.val_crop_size, "transformations.val_crop_size")
         about |= {"classifier": json.dumps(section), "class_names": json.dumps(classifier.class_names)}
         restore = Upscale(network, t.interpolation, t.antialias)
-        export_onnx(Chain(restore, classifier, t.val_crop_size).eval(), path, about, "scores")
+        contents = to_onnx(Chain(restore, classifier, t.val_crop_size).eval(), path, about, "scores")
+    refuse_existing(path, arguments.overwrite)  # it may be there since the start
+    write_atomically(path, lambda file: file.write(contents))
     print(path)
     return 0
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    if path.exists() and not overwrite:
+        raise InputError(f"{path}: already exists; --overwrite replaces it")
 
 
 class Chain(nn.Module):
@@ -87,8 +94,8 @@ def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
     return about | ({"trained_for": json.dumps(note)} if note else {})
 
 
-def export_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> None:
-    """Writes parameters under the ESRGAN repository's key names, which this project's scripts read as well.
+def to_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> bytes:
+    """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well.
 
     Raises:
         InputError: safetensors is not installed.
@@ -97,25 +104,25 @@ def export_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> N
         from safetensors.torch import save
     except ImportError:
         raise InputError(f"{path}: writing it needs another package: pip install safetensors") from None
-    contents = save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
-    write_atomically(path, lambda file: file.write(contents))
     if about["growth"] != "32":
         print("Note: spandrel, and programs that are built on it, read networks of growth 32 alone")
+    return save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
 
 
-def export_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> None:
-    """Writes a network, (N,3,h,w) -> the tensor `output`, for any N, h and w; prints how far onnxruntime's results
-    are from torch's.
+def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> bytes:
+    """An ONNX file of a network, (N,3,h,w) -> the tensor `output`, for any N, h and w.
+
+    It prints how far onnxruntime's results are from torch's.
 
     torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript, which torch
     gives up, can't.
 
     Raises:
-        InputError: no onnxscript; a network that can't be exported; results that differ: nothing is written.
+        InputError: no onnxscript; a network that can't be exported; results that differ.
     """
     try:
         import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
+        import onnxscript.optimizer
     except ImportError:
         raise InputError(f"{path}: writing it needs other packages: pip install onnx onnxscript onnxruntime") from None
     axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
@@ -128,6 +135,8 @@ def export_onnx(network: nn.Module, path: Path, about: dict[str, str], output: s
     except Exception as error:  # every classifier has its own way of not being traced
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: this network can't be exported ({reason})") from None
+    # What is computed of weights alone becomes a weight, or other programs can't make int8 of it.
+    onnxscript.optimizer.optimize(program.model, input_size_limit=LARGEST_WEIGHT, output_size_limit=LARGEST_WEIGHT)
     model = program.model_proto
     graph = model.graph
     for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph):
@@ -136,7 +145,7 @@ def export_onnx(network: nn.Module, path: Path, about: dict[str, str], output: s
         model.metadata_props.add(key=key, value=value)
     contents = model.SerializeToString()
     check_parity(network, contents, path)
-    write_atomically(path, lambda file: file.write(contents))
+    return contents
 
 
 @torch.no_grad()

@@ -158,6 +158,12 @@ def to_tensor(image: Image.Image) -> Tensor:
     return vision.to_dtype(vision.pil_to_tensor(as_shown(image)), torch.float32, scale=True)[None]
 
 
+def is_flattened(path: str | os.PathLike) -> bool:
+    """Whether `read_image` leaves something out: transparency, or all frames but the first."""
+    with Image.open(path) as image:
+        return image.has_transparency_data or getattr(image, "is_animated", False)
+
+
 def to_image(images: Tensor) -> Image.Image:
     """(1,3,H,W) or (3,H,W) float in [0,1] -> an RGB image; what lies outside is clamped, the rest rounded to 8 bits."""
     pixels = images.detach().reshape(3, *images.shape[-2:]).float().clamp(0, 1).mul(255).round().byte()

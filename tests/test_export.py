@@ -90,6 +90,33 @@ def test_onnx(start, trained):
         check_parity(lambda small: network(small) * 1.01, contents, Path("a.onnx"))
 
 
+def test_weights_are_constants_for_other_programs(start, trained):
+    """Every convolution's weight is stored as it is used: tools for int8 look for it there."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    save_weights(RRDBNet(64, 1, 32), "DarioNet.pt", {})
+    assert start("examples/export", "a.onnx").code == 0
+    graph = onnx.load("a.onnx").graph
+    stored = {one.name for one in graph.initializer}
+    weights = [node.input[1] for node in graph.node if node.op_type == "Conv"]
+    assert len(weights) == 21 and set(weights) <= stored
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(start, trained, monkeypatch):
+    pytest.importorskip("safetensors")
+    from safetensors import torch as package
+
+    save = package.save
+
+    def save_late(*arguments) -> bytes:
+        Path("a.safetensors").write_text("mine")
+        return save(*arguments)
+
+    monkeypatch.setattr(package, "save", save_late)
+    one_line(start("examples/export", "a.safetensors"), "a.safetensors: already exists")
+    assert Path("a.safetensors").read_text() == "mine"
+
+
 def test_onnx_of_the_whole_chain(start, trained):
     pytest.importorskip("onnxscript")
     Path("network.py").write_text(NETWORK)

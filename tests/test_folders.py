@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import signal
 from pathlib import Path
@@ -180,6 +181,33 @@ def test_what_ends_a_run_leaves_its_rows(start, trained, monkeypatch):
     assert result.code == 1 and "No space left on device: out/" in result.err and "2 images read" in result.out
     (table,) = Path("assets/logs").glob("*/predictions.csv")
     assert len(table.read_text().splitlines()) == 3
+
+
+def test_what_is_left_out_is_said(start, trained):
+    """Transparency and further frames have no place in a rebuilt file."""
+    Path("icons").mkdir()
+    first, second = draw("discs", 1, 12), draw("checks", 2, 12)
+    first.save("icons/plain.png")
+    clear = first.convert("RGBA")
+    clear.putalpha(100)
+    clear.save("icons/clear.png")
+    first.save("icons/moving.gif", save_all=True, append_images=[second])
+    result = start("try_darionet", "--small", "icons", "--save", "out")
+    assert result.code == 0 and "2 images have transparency or several frames" in result.out, result
+    assert "several frames" not in start("try_darionet", "--small", "icons").out
+    assert "first frame, on white" in start("try_darionet", "--small", "icons/moving.gif", "--save", "one").out
+    assert "on white" not in start("try_darionet", "--small", "icons/plain.png", "--save", "one").out
+
+
+def test_only_what_was_named_rebuilds(start, trained):
+    """darionet.initial_weights is where a training starts, and no row here."""
+    draw("discs", 1, 12).save("icon.png")
+    Path("start.pt").write_bytes(Path("DarioNet.pt").read_bytes())
+    for start_of_training in ("RealESRGAN_x4plus", "start.pt"):
+        result = start("try_darionet", "--small", "icon.png", "--set", f"darionet.initial_weights={start_of_training}")
+        assert result.code == 0 and "ESRGAN" not in result.out
+        predictions = json.loads((Path(result.out.split()[-1]) / "predictions.json").read_text())["predictions"]
+        assert [one["of"] for one in predictions] == ["Bilinear", "DarioNet"]
 
 
 def test_one_image_is_saved(start, trained):
