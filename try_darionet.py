@@ -60,6 +60,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, metavar="OUT", help="a folder for rebuilt images, PNG files")
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     arguments = parser.parse_args()
+    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     path, is_small, target = Path(arguments.image), arguments.small, None
     if not path.exists():
         raise InputError(f"{path}: no such image")
@@ -73,7 +74,6 @@ def main() -> int:
             raise InputError(f"{target}: already exists; --overwrite replaces it")
 
     # The networks
-    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     t, side = parameters.transformations, parameters.transformations.val_crop_size
     weights = arguments.weights or [parameters.darionet.weights]
     runtime = start_runtime(parameters.test.precision)
