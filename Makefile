@@ -1,7 +1,7 @@
-# make demo   the whole program on drawn pictures, offline after installation, in minutes on two cores
+# make demo   the whole program on drawn pictures, offline after installation, in 3 to 8 minutes on two cores
 # make photographs   what the network that comes with the project makes of 200 free photographs
 # make test   the checks
-# make soak   the long checks of RELIABILITY.md, about half an hour on two cores
+# make soak   the long checks of docs/reliability.md, about half an hour on two cores
 # make clean  removes the demo's pictures and weights; runs in assets/logs stay
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3

@@ -5,8 +5,9 @@ python img_sampler_train.py --link          hard links instead of copies: no dis
 python img_sampler_train.py --set data.train_fraction=0.3 --overwrite
 """
 
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.sampling import images_by_class, sample, share
+from experiment.script import run_script, script_parser
 
 
 def main() -> None:

@@ -5,8 +5,9 @@ python img_sampler_val.py --link            hard links instead of copies: no dis
 python img_sampler_val.py --set data.val_fraction=0.2 --overwrite
 """
 
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.sampling import images_by_class, refuse_overlap, sample, share
+from experiment.script import run_script, script_parser
 
 
 def main() -> None:

@@ -12,63 +12,27 @@ image that was reduced and rebuilt; training.loss adds other terms. Everything i
 assets/logs/train_<stamp>/, and the weights of the best validation loss to darionet.weights as well.
 """
 
-import json
-import math
+import copy
 import os
-import time
-from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from experiment import plots
-from experiment.checkpoint import (
-    BEST,
-    State,
-    claim,
-    job_id,
-    load_checkpoint,
-    refuse_changes,
-    remember_job,
-    run_to_resume,
-    save_checkpoint,
-    to_cpu,
-    where_best,
-)
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
-from experiment.distillation import (
-    distillation_loss,
-    ema_update,
-    learning_rate_at,
-    refuse_unreadable,
-    step,
-    validate,
-)
-from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard, write_csv, write_json
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
-from experiment.runtime import (
-    DTYPES,
-    LOGS,
-    Runtime,
-    Stopper,
-    agreed_to_stop,
-    compiled,
-    duration,
-    new_run_folder,
-    out_of_memory_is_one_line,
-    progress_bar,
-    seed_without_tf32,
-    start_runtime,
-)
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
+from experiment.distillation import distillation_loss, learning_rate_at, validate
+from experiment.metrics import BASELINE, OURS, log_to_tensorboard, require_tensorboard
+from experiment.parameters import Parameters, read_parameters
+from experiment.run import BEST, Run, run_to_resume
+from experiment.runtime import Runtime, compiled, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import build_darionet, prepare, write_note
+from models.darionet import build_darionet, to_device
 from models.errors import InputError
-from models.files import remove_partials
 from models.pipeline import Enlarge, Pipeline, Upscale
 from models.scaler import RandomReduction, Reduction
-from models.weights import refuse_unwritable_weights, save_file
+from models.weights import refuse_unwritable_weights, save_weights
 
 SAMPLES = 6  # validation images in the strip of every epoch
 
@@ -83,197 +47,118 @@ def main() -> int:
         help="go on with a run: its folder in assets/logs (default: the one that was stopped last)",
     )
     arguments = parser.parse_args()
-    with Stopper() as stopper:
-        # Set-up: parameters, images, networks, and where the run stands.
-        folder = run_to_resume(LOGS, arguments.resume)
-        checkpoint = None if folder is None else load_checkpoint(folder)
-        default = "parameters.json" if folder is None else folder / "parameters.json"
-        parameters = read_parameters(arguments.parameters or default, arguments.set)
-        t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
-        require_tensorboard(training.tensorboard)
-        runtime = start_runtime(training.precision)
-        seed_without_tf32(training.seed)
-        is_cuda = runtime.device.type == "cuda"
-        loader = partial(Loader, workers=data.workers, pin_memory=is_cuda)
-        flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
 
-        train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
-        class_sizes = Counter(map(train_set.folder_of, range(len(train_set))))
-        reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
-        teachers = [open_teacher(c.model_dump(), parameters, runtime) for c in parameters.classifier]
-        targets = val_set.targets(teachers[0].class_names)
-        size, start = (d.features, d.blocks, d.growth), None if checkpoint else d.initial_weights
-        network = build_darionet(*size, start, runtime.device, runtime.memory_format)
-        network.recompute = training.recompute
-        average = None
-        if training.ema_decay is not None:
-            average = AveragedModel(network, multi_avg_fn=partial(ema_update, decay=training.ema_decay))
-        evaluated = network if average is None else average.module  # what is validated and written
+    # Set-up
+    folder = run_to_resume(arguments.resume)
+    default = "parameters.json" if folder is None else folder / "parameters.json"
+    parameters = read_parameters(arguments.parameters or default, arguments.set)
+    t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
+    data.refuse_training_on_held_out_images()
+    require_tensorboard(training.tensorboard)
+    runtime = start_runtime(training.precision)
+    seed_without_tf32(training.seed)
+    if training.save and runtime.is_main:
+        refuse_unwritable_weights(d.weights, "darionet.weights")
+    train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
+    sections = [parameters.classifier, *training.more_teachers]
+    teachers = [open_teacher(section.model_dump(), parameters, runtime) for section in sections]
+    targets = val_set.targets(teachers[0].class_names)
+    reduction = Reduction(t.scale, t.interpolation, t.antialias)
+    random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
 
-        options = {"teachers": teachers, "weights": training.loss.model_dump()}
-        loss = partial(distillation_loss, **options, clamp_gradient=training.clamp_gradient)
-        loss = compiled(loss) if training.compile and is_cuda else loss
-        restore, evaluated_restore = (Upscale(n, t.interpolation, t.antialias) for n in (network, evaluated))
-        betas = (0.9, training.adam_beta2)
-        optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=betas, fused=True)
-        scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        state = State()
-        remembered = {"state": state, "network": network, "optimizer": optimizer, "scaler": scaler}
-        remembered |= {} if average is None else {"average": average}
+    start = d.initial_weights if folder is None else None
+    network = build_darionet(d.features, d.blocks, d.growth, start, runtime.device, runtime.memory_format)
+    network.recompute = training.recompute
+    average = None if training.ema_decay is None else copy.deepcopy(network)
+    evaluated = network if average is None else average  # what is validated and written
+    restore, evaluated_restore = (Upscale(n, t.interpolation, t.antialias) for n in (network, evaluated))
+    weights = training.loss.model_dump()
+    loss = partial(distillation_loss, teachers=teachers, weights=weights, clamp_gradient=training.clamp_gradient)
+    loss = compiled(loss) if training.compile and runtime.device.type == "cuda" else loss
+    betas = (0.9, training.adam_beta2)
+    optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=betas, fused=True)
 
-        resolved = parameters.model_dump() | {  # what a resumed run has to share with this one
-            "processes": runtime.processes,
-            "used_precision": runtime.precision,  # what "auto" is here
-            "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
-            "classifier_weights": [teacher.fingerprint() for teacher in teachers],
-        }
-        if checkpoint is not None:
-            refuse_changes(json.loads(checkpoint["resolved"]), resolved)
-            for name, thing in remembered.items():
-                thing.load_state_dict(checkpoint[name])
-
-        def remember() -> None:
-            if runtime.is_main:
-                states = {name: to_cpu(thing.state_dict()) for name, thing in remembered.items()}
-                save_checkpoint(folder, states | {"resolved": json.dumps(resolved)}, state.epoch == training.epochs)
-
-        if runtime.is_main:
-            folder = new_run_folder("train") if folder is None else folder
-            remove_partials(folder)
-            write_json(folder / "parameters.json", parameters.model_dump())
-            remember_job(folder, job_id())
-            announce(parameters, runtime, train_set, val_set, random or reduction)
-            if state.epoch == training.epochs:
-                print("This run is finished: a new one starts without --resume")
-            elif checkpoint is not None:
-                print(f"Resumed at epoch {state.epoch + 1}, step {state.batch + 1}")
-            print(f"Run folder: {folder}")
-            if training.save:
-                refuse_unwritable_weights(d.weights, "darionet.weights")
-        with claim(d.weights if training.save and runtime.is_main else None, folder):
-            if checkpoint is None:
-                remember()  # what can't be written should fail now, not after an epoch
-
+    size = training.batch_size * runtime.processes
+    order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
+    steps = len(epoch_batches(len(train_set), size, epoch=0, **order))  # per epoch
+    learning_rate = partial(
+        learning_rate_at,
+        total=steps * training.epochs,
+        base=training.learning_rate,
+        schedule=training.schedule,
+        warmup=training.warmup_steps,
+    )
+    flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
+    whole_val = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
+    shared = {  # what a resumed run has to share with this one
+        "training.batch_size x processes": size,
+        "used_precision": runtime.precision,  # what "auto" is here
+        "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
+        "classifier_weights": [teacher.fingerprint() for teacher in teachers],
+    }
+    announce(parameters, runtime, train_set, val_set, random or reduction)
+    output = d.weights if training.save else None
+    run = Run("train", folder, runtime, parameters.model_dump(), shared, network, optimizer, average, output)
+    with run:
+        for epoch in run.epochs():
             # Training
-            size = training.batch_size * runtime.processes
-            order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
-            epoch_steps = len(epoch_batches(len(train_set), size, epoch=0, **order))
-            total_steps = epoch_steps * training.epochs
-            first = state.epoch * epoch_steps + state.batch
-            saved, begun, estimated = time.monotonic(), time.perf_counter(), False
-            schedule = (total_steps, training.learning_rate, training.schedule, training.warmup_steps)
-            for epoch in range(state.epoch, training.epochs):
-                train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
-                left = epoch_batches(len(train_set), size, epoch=epoch, **order)[state.batch :]
-                title = f"epoch {epoch + 1}/{training.epochs}"
-                bar = progress_bar(epoch_steps, title, training.verbose, initial=state.batch)
-                started = time.perf_counter()
-                with bar, out_of_memory_is_one_line(runtime, training.batch_size, "training.batch_size"):
-                    for batch in batches_until_stopped(loader(train_set, list(map(runtime.part, left))), stopper):
-                        key = f"{training.seed}/{epoch}/{state.batch}"
-                        reduce = reduction if random is None else random.drawn(key, batch.indices.tolist())
-                        done = step(
-                            batch,
-                            lambda images, _, reduce=reduce: loss(images, reduce(images), restore),
-                            network,
-                            optimizer,
-                            scaler,
-                            runtime,
-                            learning_rate=learning_rate_at(epoch * epoch_steps + state.batch, *schedule),
-                            clip_norm=training.gradient_clip_norm,
-                            stop=stopper.requested,
-                        )
-                        if average is not None and done.taken:
-                            average.update_parameters(network)
-                        now = time.perf_counter()
-                        state.count(done, now - started)
-                        started = now
-                        if done.unreadable:
-                            if runtime.is_main:
-                                write_csv(folder / "unreadable.csv", state.unreadable_rows(train_set.paths))
-                            refuse_unreadable(state.unreadable, train_set, class_sizes)
-                        bar.set_postfix_str(state.summary(), refresh=False)
-                        bar.update()
-                        at = epoch * epoch_steps + state.batch
-                        if not estimated and now - begun > 5:  # seconds
-                            estimated = True
-                            seconds = (total_steps - at) * (now - begun) / (at - first)
-                            bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
-                        if time.monotonic() - saved > 60 * training.checkpoint_minutes:
-                            remember()
-                            saved = time.monotonic()
-                        if done.stops:
-                            stopper.stop_with_others()
-                            break
-                if agreed_to_stop(runtime, stopper):
-                    break
+            train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
+            of_epoch = epoch_batches(len(train_set), size, epoch=epoch, **order)
+            for batch in run.batches(train_set, of_epoch, data.workers):
+                reduce, step = reduction, run.state.batch
+                if random is not None:
+                    reduce = random.drawn(f"{training.seed}/{epoch}/{step}", batch.indices.tolist())
+                losses = None
+                if len(batch.images):
+                    images = to_float(batch.images, runtime.device)
+                    with runtime.autocast():
+                        losses = loss(images, reduce(images), restore)
+                run.step(losses, batch, learning_rate(epoch * steps + step))
+            if run.stopped:
+                break
 
-                # Validation, and what an epoch leaves
-                batches = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
-                with progress_bar(len(batches), "validation", training.verbose, leave=False) as bar:
-                    scores = validate(
-                        lambda images, _: loss(images, reduction(images), evaluated_restore, with_logits=True),
-                        loader(val_set, runtime.part(batches)),
-                        targets,
-                        runtime,
-                        stopper,
-                        bar,
-                    )
-                if scores is None:
-                    break
-                row, improved = state.end_epoch(learning_rate_at((epoch + 1) * epoch_steps - 1, *schedule), scores)
-                if runtime.is_main:
-                    if improved:
-                        weights = to_cpu(evaluated.state_dict())
-                        for path in [folder / BEST] + ([Path(d.weights)] if training.save else []):
-                            save_file(weights, path)
-                            write_note(path, note(parameters, reduction, folder))
-                    write_csv(folder / "history.csv", state.history)
-                    plots.training_curves(state.history, folder / "curves.png")
-                    sample = Pipeline(OURS, teachers[0], reduction, evaluated_restore)
-                    strip = folder / "samples" / f"epoch_{state.epoch:02d}.png"
-                    draw_samples(sample, val_set, runtime, strip)
-                    if training.tensorboard:
-                        log_to_tensorboard(folder / "tensorboard", row, strip)
-                    print_epoch(row, training.epochs, improved)
-                remember()
-                saved = time.monotonic()
-
-            # The end
-            if state.epoch < training.epochs:
-                remember()
-                print(f"Stopped in epoch {state.epoch + 1}. To go on: {resume_command(runtime, folder)}\n{folder}")
-                return stopper.code
-    if state.unreadable and runtime.is_main:
-        print(f"{len(state.unreadable)} training images could not be read: {folder / 'unreadable.csv'}")
-    if lost := state.history[-1]["val_unreadable"]:
-        print(f"{lost} validation images could not be read and were not scored")
-    if not math.isfinite(state.best):
-        remedy = "lower training.learning_rate, or set training.precision to float32"
-        raise InputError(f"the validation loss was never finite, so no weights were written: {remedy}")
-    best = where_best(folder, d.weights if training.save else None)
-    print(f"Weights of the best validation loss ({state.best:.4f}): {best}")
-    print(folder)
-    return 0
+            # Validation, and what an epoch leaves
+            with progress_bar(len(whole_val), "validation", training.verbose, leave=False) as bar:
+                scores = validate(
+                    lambda images: loss(images, reduction(images), evaluated_restore, with_logits=True),
+                    batches(val_set, runtime.part(whole_val), data.workers, False, run.stopper),
+                    targets,
+                    runtime,
+                    run.stopper,
+                    bar,
+                )
+            if scores is None:
+                break
+            row, improved = run.end_epoch(learning_rate((epoch + 1) * steps - 1), scores)
+            if runtime.is_main:
+                if improved:
+                    note = note_of(parameters, reduction, run.folder)
+                    for path in [run.folder / BEST] + ([Path(d.weights)] if training.save else []):
+                        save_weights(evaluated, path, note)
+                plots.training_curves(run.state.history, run.folder / "curves.png")
+                strip = run.folder / "samples" / f"epoch_{epoch + 1:02d}.png"
+                draw_samples(Pipeline(OURS, teachers[0], reduction, evaluated_restore), val_set, runtime, strip)
+                if training.tensorboard:
+                    log_to_tensorboard(run.folder / "tensorboard", row, strip)
+                print_epoch(row, training.epochs, improved)
+            run.save()
+        return run.finish(resume_command(runtime))
 
 
 def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> FrozenClassifier:
     """A classifier on the device, known to read the crops of training and validation."""
-    classifier = prepare(open_classifier(**arguments), runtime.device)
+    classifier = to_device(open_classifier(**arguments), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
-        classifier.require(getattr(parameters.transformations, key), f"transformations.{key}")
+        classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
         raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
-    if runtime.precision != "float32":
-        classifier.fold(DTYPES[runtime.precision])
     return classifier
 
 
-def resume_command(runtime: Runtime, folder: Path | None) -> str:
+def resume_command(runtime: Runtime) -> str:
     if runtime.processes == 1:
-        return f"python train_darionet.py --resume {folder}"
-    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} train_darionet.py --resume {folder}"
+        return "python train_darionet.py"
+    return f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)} train_darionet.py"
 
 
 def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val_set: ImageTree, kind: object) -> None:
@@ -282,7 +167,7 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     terms = " + ".join(f"{weight:g} x {name}" for name, weight in training.loss.model_dump().items() if weight)
     size = f"{d.blocks} blocks of {d.features} features and {d.growth} growth"
     print(f"DarioNet: {size}, from {d.initial_weights or 'nothing: it starts as a plain enlargement'}")
-    for classifier in parameters.classifier:
+    for classifier in [parameters.classifier, *training.more_teachers]:
         print(f"Classifier: {classifier.describe()}, frozen")
     print(f"Images: {len(train_set)} in {train_set.root}")
     print(f"Validation: {len(val_set)} in {val_set.root}")
@@ -291,13 +176,15 @@ def announce(parameters: Parameters, runtime: Runtime, train_set: ImageTree, val
     print(f"{training.epochs} epochs, batch size {training.batch_size}; {runtime.describe()}")
 
 
-def note(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
-    """What the weights were trained for; stands beside them, so that others can say when their input differs."""
+def note_of(parameters: Parameters, reduction: Reduction, folder: Path) -> dict:
+    """What the weights were trained for, so that others can say when their input differs."""
+    values = parameters.model_dump()
     return {
         **reduction.note(),
-        "random_reduction": parameters.model_dump()["transformations"]["random_reduction"],
-        "classifier": parameters.model_dump()["classifier"],
-        "loss": parameters.training.loss.model_dump(),
+        "random_reduction": values["transformations"]["random_reduction"],
+        "classifier": values["classifier"],
+        "more_teachers": values["training"]["more_teachers"],
+        "loss": values["training"]["loss"],
         "run": str(folder),
     }
 

@@ -6,10 +6,9 @@ benchmarks/throughput.py runs these checks before it measures, and tests/test_fa
 An error is the norm of the difference over the norm of what is expected. The bounds are about ten times what rounding
 gives; a wrong index or a forgotten term gives 0.01 and more, whatever the seed.
 
-Rounding differs between processors and numbers of threads, and where it moves a value over the kink of a ReLU or a
-maximum, a gradient changes by 0.001 to 0.1 and nothing is wrong. So gradients are compared where kinks can't spoil it:
-in float64, where that takes a value within 1e-16 of a kink; in float32 for a classifier with smooth activations in
-place of its kinks; and for a generator, that has few values near them, as the best of several seeds.
+Rounding differs between processors and numbers of threads. If it moves a value over the kink of a ReLU or a maximum, a
+gradient changes by 0.001 to 0.1 and nothing is wrong. So gradients are compared in float64, where that takes a value
+within 1e-16 of a kink, and in float32 as the best of several seeds.
 """
 
 import copy
@@ -25,7 +24,6 @@ from benchmarks.plain import PlainRRDBNet, plain_loss
 from experiment.distillation import Losses, distillation_loss
 from experiment.runtime import compiled
 from models.classifier import FrozenClassifier, head_of
-from models.fast import fold, fuse_activations
 from models.pipeline import Pipeline, Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction
@@ -33,7 +31,6 @@ from models.scaler import Reduction
 BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5}
 STEP_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4}  # of a whole step, where more roundings add up
 SEEDS = (20, 21, 22)
-SMOOTH = {nn.ReLU: nn.SiLU, nn.ReLU6: nn.SiLU, nn.Hardswish: nn.SiLU, nn.Hardsigmoid: nn.Sigmoid}
 LOWER_PRECISION = 1.5  # the fast path's error in bf16 over the plain path's, both against float32
 RESIDUAL_GAIN = 0.3  # of random residuals: large enough that every layer matters
 
@@ -56,6 +53,8 @@ def random_network(features: int, blocks: int, growth: int, seed: int = 0) -> RR
                 parameter.normal_(std=0.1)
             elif ".RDB" in name:
                 parameter.mul_(5)
+            else:  # the untrained network shows nothing of its trunk
+                nn.init.kaiming_normal_(parameter)
     return network
 
 
@@ -93,7 +92,8 @@ def random_classifier(architecture: str = "resnet50", classes: int = 1000, seed:
 
 def frozen(network: nn.Module) -> FrozenClassifier:
     """The project's classifier around a torchvision network."""
-    return FrozenClassifier(network, [f"class {i}" for i in range(head_of(network)[1].weight.shape[0])])
+    head = network.get_submodule(head_of(network))
+    return FrozenClassifier(network, [f"class {i}" for i in range(len(head.weight))])
 
 
 def pipeline_of(classifier: FrozenClassifier, network: RRDBNet) -> Pipeline:
@@ -116,17 +116,6 @@ def worst(found: list[Tensor], expected: list[Tensor]) -> float:
     return max(error(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def smoothed(network: nn.Module) -> nn.Module:
-    """The network with smooth activations and average pooling, so that a rounding error changes its gradient little."""
-    for name, module in list(network.named_modules()):
-        if type(module) in SMOOTH:
-            network.set_submodule(name, SMOOTH[type(module)]())
-        elif isinstance(module, nn.MaxPool2d):
-            pool = nn.AvgPool2d(module.kernel_size, module.stride, module.padding, module.ceil_mode)
-            network.set_submodule(name, pool)
-    return network
-
-
 def generator_errors(
     size: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", recompute: bool = False, seed: int = SEEDS[0]
 ) -> tuple[float, float]:
@@ -141,56 +130,6 @@ def generator_errors(
         out = module(x)
         results.append((out, gradients(out, [x, *module.parameters()])))
     return error(results[0][0], results[1][0]), worst(results[0][1], results[1][1])
-
-
-def classifier_errors(
-    architecture: str,
-    dtype: torch.dtype,
-    device: str = "cpu",
-    *,
-    seed: int = SEEDS[0],
-    smooth: bool = False,
-    fuse: bool = False,
-) -> tuple[float, float]:
-    """(logits, gradient of the image) of the folded classifier against torchvision's.
-
-    `smooth` takes the kinks out of both. `fuse` joins convolutions and activations in any precision: `fold` does so
-    only where the processor gains by it, and float64 has no such kernel.
-    """
-    network = random_classifier(architecture, 20, seed)
-    network = (smoothed(network) if smooth else network).to(device, dtype)
-    head = head_of(network)[0]
-    folded = fold(network, dtype, device, head)
-    assert folded is not None, f"torch.fx can't follow {architecture}"
-    if fuse:
-        fuse_activations(folded, head)
-        folded.recompile()
-    images = drawn_images(2, 64, seed).to(device, dtype)
-    results = []
-    for module in (folded, network):
-        x = images.clone().requires_grad_()
-        out = module(x)
-        results.append((out, gradients(out, [x])))
-    return error(results[0][0], results[1][0]), worst(results[0][1], results[1][1])
-
-
-def classifier_checks(architecture: str, device: str = "cpu") -> list[tuple[str, float, float]]:
-    """(what, error, bound) of a folded classifier, on several seeds; in float32 what kinks can't spoil."""
-    double, single = torch.float64, torch.float32
-    checks = []
-    for seed in SEEDS:
-        for fuse in (False, True):
-            name = f"folded {'and fused ' if fuse else ''}{architecture} in float64, seed {seed}"
-            logits, gradient = classifier_errors(architecture, double, device, seed=seed, fuse=fuse)
-            checks += [(f"{name}: logits", logits, BOUNDS[double]), (f"{name}: gradient", gradient, BOUNDS[double])]
-        name = f"folded {architecture} in float32, seed {seed}"
-        logits = classifier_errors(architecture, single, device, seed=seed)[0]
-        smooth = classifier_errors(architecture, single, device, seed=seed, smooth=True)
-        checks += [
-            (f"{name}: logits", logits, BOUNDS[single]),
-            (f"{name}, smooth: gradient", smooth[1], BOUNDS[single]),
-        ]
-    return checks
 
 
 def step_errors(
@@ -230,7 +169,6 @@ def all_checks(device: str) -> list[tuple[str, float, float]]:
             found = [generator_errors(size, dtype, device, recompute, seed) for seed in SEEDS]
             checks.append((f"{name}: output", max(out for out, _ in found), BOUNDS[dtype]))
             checks.append((f"{name}: gradients, best of {len(SEEDS)}", min(g for _, g in found), BOUNDS[dtype]))
-    checks += classifier_checks("resnet50", device)
     pipeline = pipeline_of(frozen(random_classifier("resnet18", 20)), random_network(16, 2, 8)).to(device)
 
     def on(images: Tensor) -> Tensor:

@@ -30,13 +30,16 @@ from tqdm import tqdm
 
 from benchmarks.correctness import random_network
 from benchmarks.loading import draw
-from experiment.data import ImageTree, Loader, Transform, epoch_batches
+from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.evaluation import Evaluation, evaluate
+from experiment.metrics import BASELINE
 from experiment.parameters import Parameters
-from experiment.runtime import Stopper
-from models.classifier import save_classifier
-from models.scaler import reduced_length
-from try_darionet import Reader, read_folder
+from experiment.runtime import Runtime, Stopper, start_runtime
+from models.classifier import open_classifier, save_classifier
+from models.darionet import load_upscalers, to_device
+from models.pipeline import Enlarge, Pipeline, unchanged
+from models.scaler import Reduction, reduced_length
+from try_darionet import read_folder
 
 SMALL = ((32, 4, 16), "resnet18", 64)  # network, classifier, pixels of a crop
 FULL = ((64, 23, 32), "resnet50", 256)
@@ -75,22 +78,24 @@ def main() -> int:
         classifier = get_model(architecture, weights=None, num_classes=len(CLASSES))
         save_classifier(classifier.state_dict(), CLASSES, "classifier.pt")
         together, alone = parameters(arguments.batch, arguments.workers), parameters(1, 0)
-        reader, reader_alone = (Reader(p, ["network.pt"]) for p in (together, alone))
-        print(f"Machine: {reader.runtime.describe()}; network {size}, {architecture}, {side} -> {crop} pixels")
+        runtime = start_runtime("auto")
+        reads = to_device(open_classifier(architecture, "classifier.pt"), runtime.device)
+        restores = {BASELINE: Enlarge("bilinear"), **load_upscalers(["network.pt"], None, runtime.device)}
+        rows = [Pipeline(name, reads, unchanged, restore) for name, restore in restores.items()]
+        print(f"Machine: {runtime.describe()}; network {size}, {architecture}, {side} -> {crop} pixels")
         drawn = [Image.open(path).convert("RGB") for path in draw(Path("drawn"))]
         for turn in range(arguments.turns):
             count = arguments.images // arguments.turns
             draw_thumbnails(Path("full", str(turn)), drawn, count, [(crop, crop)])
-            seconds["evaluation"] += evaluation(reader, f"full/{turn}", together.data.workers)
+            seconds["evaluation"] += evaluation(rows, runtime, f"full/{turn}", together)
             images["evaluation"] += count
             for kind in sizes:
                 few = max(1, arguments.alone // arguments.turns)
-                for name, who, p, n in ((kind, reader, together, count), (f"{kind}, alone", reader_alone, alone, few)):
+                for name, p, n in ((kind, together, count), (f"{kind}, alone", alone, few)):
                     thumbnails = Path(name, str(turn))
                     draw_thumbnails(thumbnails, drawn, n, sizes[kind])
-                    seconds[name] += reading(
-                        who, thumbnails, p, Path("rebuilt", thumbnails) if arguments.save else None
-                    )
+                    out = Path("rebuilt", thumbnails) if arguments.save else None
+                    seconds[name] += reading(rows, runtime, thumbnails, p, out)
                     images[name] += n
             print(f"turn {turn + 1}:", ", ".join(f"{name} {images[name] / seconds[name]:.2f}" for name in images))
     found = {name: images[name] / seconds[name] for name in images}
@@ -113,23 +118,23 @@ def draw_thumbnails(folder: Path, drawn: list[Image.Image], count: int, sizes: l
         drawn[i % len(drawn)].resize(rng.choice(sizes)).save(folder / f"{i:06d}.jpg", quality=90)
 
 
-def evaluation(reader: Reader, folder: str, workers: int) -> float:
+def evaluation(rows: list[Pipeline], runtime: Runtime, folder: str, parameters: Parameters) -> float:
     """Seconds of model time over both variants, as in results.json."""
-    crop = reader.t.val_crop_size
+    crop = parameters.transformations.val_crop_size
     dataset = ImageTree(folder, Transform(crop, crop))
-    batches = epoch_batches(len(dataset), reader.batch_size, seed=0, epoch=0, shuffle=True, limit=None)
-    loader = Loader(dataset, batches, workers, False)
-    pipelines = [reader.pipeline(name, reader.reduction) for name in reader.restores]
+    lists = epoch_batches(len(dataset), parameters.test.batch_size, seed=0, epoch=0, shuffle=True, limit=None)
+    arriving = batches(dataset, lists, parameters.data.workers)
+    pipelines = [Pipeline(row.name, row.classifier, Reduction(), row.restore) for row in rows]
     result, targets, bar = Evaluation(), [0] * len(dataset), tqdm(disable=True)
-    evaluate(pipelines, loader, dataset, targets, reader.runtime, Stopper(), bar, result, keep_rows=False)
+    evaluate(pipelines, arriving, dataset, targets, runtime, Stopper(), bar, result, keep_rows=False)
     return sum(result.seconds.values())
 
 
-def reading(reader: Reader, folder: Path, parameters: Parameters, out: Path | None) -> float:
+def reading(rows: list[Pipeline], runtime: Runtime, folder: Path, parameters: Parameters, out: Path | None) -> float:
     """Seconds of reading a folder, from its listing to the table."""
     started = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):
-        assert read_folder(reader, folder, ["network.pt"], parameters, Stopper(), out) == 0
+        assert read_folder(folder, rows, ["network.pt"], parameters, runtime, Stopper(), out) == 0
     return time.perf_counter() - started
 
 

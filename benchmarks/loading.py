@@ -5,9 +5,8 @@
     python -m benchmarks.loading --images 512 --workers 1 2
 
 The images are JPEGs of ImageNet's usual size, 500x375, drawn here: blotches, edges and noise, about 95 kB each, a
-little less than ImageNet's. They go through the program's own code: ImageTree, the training's Transform, Loader,
-to_float.
-The last line is JSON.
+little less than ImageNet's. They go through the program's own code: ImageTree, the training's Transform, its workers,
+to_float. The last line is JSON.
 """
 
 import argparse
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from experiment.data import ImageTree, Loader, Transform, epoch_batches, to_float
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.runtime import Runtime, start_runtime
 
 WIDTH, HEIGHT = 500, 375
@@ -84,7 +83,7 @@ def link(folder: Path, drawn: list[Path], count: int) -> None:
 def listing(folder: Path, drawn: list[Path], files: int) -> dict[str, float]:
     """Seconds to find all images of a large folder, and to give each its class."""
     link(folder, drawn, files)
-    seconds, batches = [], []
+    seconds, orders = [], []
     for _ in range(3):
         started = time.perf_counter()
         dataset = ImageTree(str(folder))
@@ -92,12 +91,12 @@ def listing(folder: Path, drawn: list[Path], files: int) -> dict[str, float]:
         seconds.append(time.perf_counter() - started)
         started = time.perf_counter()
         epoch_batches(len(dataset), BATCH, seed=0, epoch=0, shuffle=True, limit=None)
-        batches.append(time.perf_counter() - started)
+        orders.append(time.perf_counter() - started)
     assert len(dataset) == files
-    found = {"listed_files": files, "listing_seconds": min(seconds), "shuffling_seconds": min(batches)}
+    found = {"listed_files": files, "listing_seconds": min(seconds), "shuffling_seconds": min(orders)}
     print(
         f"\nListing {files} files in {CLASSES} folders: {min(seconds):.2f} s (first time {seconds[0]:.2f} s); "
-        f"an epoch's order: {min(batches):.2f} s; a million at this rate: {min(seconds) * 1e6 / files:.1f} s"
+        f"an epoch's order: {min(orders):.2f} s; a million at this rate: {min(seconds) * 1e6 / files:.1f} s"
     )
     return found
 
@@ -106,7 +105,7 @@ def decoding(folder: Path, drawn: list[Path], arguments, runtime: Runtime) -> di
     """Images/s from files to float tensors on the device, workers' start included; seconds until the first batch."""
     link(folder, drawn, arguments.images)
     dataset = ImageTree(str(folder), Transform(256, 256, 0.5, 0.1, 1337, 0))
-    batches = epoch_batches(len(dataset), BATCH, seed=0, epoch=0, shuffle=True, limit=None)
+    lists = epoch_batches(len(dataset), BATCH, seed=0, epoch=0, shuffle=True, limit=None)
     found = {}
     print(f"\nDecoding {arguments.images} JPEGs of {WIDTH}x{HEIGHT}, cropped to 256x256, batches of {BATCH}:")
     for workers in arguments.workers:
@@ -114,7 +113,7 @@ def decoding(folder: Path, drawn: list[Path], arguments, runtime: Runtime) -> di
         for _ in range(arguments.rounds):
             started = time.perf_counter()
             arrived = []
-            for batch in Loader(dataset, batches, workers, runtime.device.type == "cuda"):
+            for batch in batches(dataset, lists, workers, runtime.device.type == "cuda"):
                 to_float(batch.images, runtime.device)
                 assert not batch.unreadable
                 arrived.append(time.perf_counter())

@@ -22,7 +22,7 @@ import torch
 from benchmarks.correctness import frozen, random_classifier, random_network
 from benchmarks.throughput import Ours
 from experiment.runtime import seed_without_tf32, start_runtime
-from models.darionet import prepare
+from models.darionet import to_device
 from models.rrdbnet import RRDBNet
 
 IMAGES = 1_281_167  # of ImageNet's training set (Russakovsky et al. 2015, table 2)
@@ -107,7 +107,7 @@ def process(blocks: int) -> int:
     classifier = frozen(random_classifier())
     classifier.to(runtime.device, memory_format=torch.channels_last)
     ours = Ours(
-        prepare(random_network(64, blocks, 32), runtime.device, runtime.memory_format), classifier, batches, runtime
+        to_device(random_network(64, blocks, 32), runtime.device, runtime.memory_format), classifier, batches, runtime
     )
     gradients = torch.zeros(sum(p.numel() for p in ours.network.parameters()), device=runtime.device)
 

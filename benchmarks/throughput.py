@@ -45,10 +45,11 @@ from benchmarks.correctness import (
 )
 from benchmarks.plain import plain_loss
 from experiment.data import Batch, to_float
-from experiment.distillation import distillation_loss, step, validate
+from experiment.distillation import distillation_loss, validate
+from experiment.run import Run
 from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier
-from models.darionet import load_rrdbnet, prepare
+from models.darionet import load_rrdbnet, to_device
 from models.rrdbnet import ResidualDenseBlock, RRDBNet
 
 LEARNING_RATE = 1e-5
@@ -163,13 +164,12 @@ class Ours:
 
     def __init__(self, network: RRDBNet, classifier: FrozenClassifier, batches: list[Tensor], runtime: Runtime):
         self.runtime, self.network = runtime, network
-        if runtime.precision != "float32":
-            classifier.fold(DTYPES[runtime.precision])
         self.pipeline = pipeline_of(classifier, network)
         loss = partial(distillation_loss, teachers=[classifier], weights={"logits": 1.0})
         self.loss = compiled(loss) if runtime.device.type == "cuda" else loss
-        self.optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE, fused=True)
+        parameters = {"training": {"gradient_clip_norm": 1.0}}
+        self.run = Run("benchmark", None, runtime, parameters, {}, network, optimizer, None, None)  # for its step alone
         self.batches = [Batch(images, torch.arange(len(images)), []) for images in batches]
 
     def loss_on(self, images: Tensor, indices: Tensor | None = None, **options):
@@ -177,10 +177,11 @@ class Ours:
 
     def train(self) -> None:
         """One step a batch."""
-        scaling = (self.network, self.optimizer, self.scaler, self.runtime)
         for batch in self.batches:
-            done = step(batch, self.loss_on, *scaling, learning_rate=LEARNING_RATE, clip_norm=1.0)
-            assert done.taken, "the loss was not finite"
+            with self.runtime.autocast():
+                losses = self.loss_on(to_float(batch.images, self.runtime.device))
+            self.run.step(losses, batch, LEARNING_RATE)
+            assert not self.run.state.skipped, "the loss was not finite"
 
     def evaluate(self) -> None:
         """One validation batch a batch: the loss, and the scores on the original and on the rebuilt images."""
@@ -233,11 +234,11 @@ def measure(size: tuple[int, int, int], batch: int, arguments, runtime: Runtime,
     started = time.perf_counter()
     classifier = frozen(random_classifier())
     classifier.to(device, memory_format=torch.channels_last)
-    network = prepare(random_network(*size), device, runtime.memory_format)  # as train_darionet.py has it
+    network = to_device(random_network(*size), device, runtime.memory_format)  # as train_darionet.py has it
     network.recompute = arguments.recompute
     plain = Plain(network, classifier, batches, runtime)
     ours = Ours(network, classifier, batches, runtime)
-    tested = Ours(prepare(copy.deepcopy(network), device), classifier, batches, runtime)  # as test.py has it
+    tested = Ours(to_device(copy.deepcopy(network), device), classifier, batches, runtime)  # as test.py has it
     built = time.perf_counter() - started
 
     found: dict[str, float] = {"build_seconds": built}

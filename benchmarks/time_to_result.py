@@ -19,15 +19,17 @@ import sys
 import threading
 from pathlib import Path
 
-from experiment.checkpoint import load_checkpoint
-from experiment.data import ImageTree, Loader, Transform, epoch_batches
+from experiment.data import ImageTree, Transform, batches, epoch_batches
 from experiment.evaluation import Evaluation, evaluate, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
-from experiment.parameters import Parameters, read_parameters, run_script, script_parser
+from experiment.parameters import Parameters, read_parameters
+from experiment.run import load_checkpoint
 from experiment.runtime import Runtime, Stopper, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet
 from models.errors import InputError
+from models.pipeline import Upscale
 from models.scaler import Reduction
 from models.weights import load_strictly
 
@@ -61,7 +63,7 @@ def main() -> int:
     runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
-    classifier = open_classifier(**parameters.classifier[0].model_dump()).to(runtime.device)
+    classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)
 
     found: dict[str, list[dict]] = {name: [] for name in runs}
     print("| recipe | minutes | accuracy | recovered | 95 % interval |\n|---|---|---|---|---|")
@@ -133,13 +135,18 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     targets = dataset.targets(classifier.class_names, required=True)
     order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
-    batches = epoch_batches(len(dataset), options.batch_size, **order)
-    loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
-    pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), {OURS: network})
+    lists = epoch_batches(len(dataset), options.batch_size, **order)
+    is_cuda = runtime.device.type == "cuda"
+    pipelines = make_pipelines(
+        classifier,
+        Reduction(t.scale, t.interpolation, t.antialias),
+        {OURS: Upscale(network, t.interpolation, t.antialias)},
+    )
     pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
     result = Evaluation()
-    with Stopper() as stopper, progress_bar(len(batches), "evaluation", leave=False) as bar:
-        evaluate(pipelines, loader, dataset, targets, runtime, stopper, bar, result)
+    with Stopper() as stopper, progress_bar(len(lists), "evaluation", leave=False) as bar:
+        arriving = batches(dataset, lists, parameters.data.workers, is_cuda, stopper)
+        evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result)
     if stopper.requested:
         raise KeyboardInterrupt
     if not result.rows:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from experiment import plots
-from experiment.data import ImageTree, Loader, Transform, batches_until_stopped, epoch_batches, to_float
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.metrics import (
     BASELINE,
     ORIGINAL,
@@ -31,12 +31,13 @@ from experiment.metrics import (
     require_finite,
     write_json,
 )
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
-from models.darionet import load_upscalers, prepare
+from models.darionet import load_upscalers, to_device
 from models.errors import InputError
-from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Jpeg, Reduction
 
 
@@ -66,24 +67,23 @@ def main() -> int:
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
-    classifier.require(t.val_crop_size, "transformations.val_crop_size")
+    classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
+    classifier.check(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
     weights = arguments.weights or [d.weights]
-    networks = load_upscalers(weights, d.initial_weights, runtime.device)
-    restores |= {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
+    restores |= load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
     pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
     scales = arguments.scales or [t.scale]
     reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
     limit = options.batches_per_epoch
-    batches = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
+    lists = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
 
     right = {key: {name: [] for name in restores} for key in reductions}  # 1 for every image read correctly, else 0
     original, unreadable = [], 0
-    loader = Loader(dataset, batches, parameters.data.workers, runtime.device.type == "cuda")
-    with Stopper() as stopper, progress_bar(len(batches), "degradation", options.verbose) as bar:
-        for batch in batches_until_stopped(loader, stopper):
+    is_cuda = runtime.device.type == "cuda"
+    with Stopper() as stopper, progress_bar(len(lists), "degradation", options.verbose) as bar:
+        for batch in batches(dataset, lists, parameters.data.workers, is_cuda, stopper):
             unreadable += len(batch.unreadable)
             if len(batch.images):
                 images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)

@@ -1,36 +1,43 @@
 """A page to play with: an image reduced, rebuilt and read, in a browser on this machine.
 
-    python try_darionet.py --web
-    python try_darionet.py --web my_photograph.jpg
+    python examples/web.py                       the first of the examples
+    python examples/web.py my_photograph.jpg
+    python examples/web.py --weights assets/logs/train_20260101-120000/best.pt
 
-The page asks no other machine for anything, and no other machine can open it. Uploads are read and removed at once;
-what it shows lies in a temporary folder, which goes at the end.
+It needs gradio (pip install gradio, then pip install -r requirements.txt). The page asks no other machine for anything,
+and no other machine can open it. Uploads are read and removed at once; what it shows is in a temporary folder, which is
+removed at the end.
 """
 
 import csv
 import html
 import os
 import re
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
-import gradio as gr
+sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
+
 import numpy as np
-from gradio.processing_utils import save_pil_to_cache
 from PIL import Image
-from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
 from torch import Tensor
 
-from experiment.data import UnreadableImage
+from experiment.data import photograph, to_float
+from experiment.evaluation import ask, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
-from experiment.runtime import Stopper
-from models.darionet import other_input
+from experiment.parameters import Parameters, TransformationsSection, parameters_or_shipped
+from experiment.runtime import Runtime, Stopper, seed_without_tf32, start_runtime
+from experiment.script import run_script, script_parser
+from models.classifier import FrozenClassifier, open_classifier
+from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
-from models.pipeline import Pipeline, unchanged
+from models.images import UnreadableImage
+from models.pipeline import Upscale
 from models.scaler import INTERPOLATIONS, Jpeg, Reduction, Scaler
 
 ADDRESS = "127.0.0.1"
@@ -91,30 +98,40 @@ class Row(NamedTuple):
     size: tuple[int, int]  # width and height that the classifier read, pixels
 
 
-def read_all(reader, image: Tensor, reduce: Callable[[Tensor], Tensor]) -> dict[str, Row]:
-    """What the classifier reads in an image, in what is left of it, and in what every row of `reader` rebuilds.
+class Networks(NamedTuple):
+    """What the page asks."""
 
-    Args:
-        reader: try_darionet.py's.
-        image: (1,3,H,W) in [0,1].
-        reduce: images -> small images.
+    classifier: FrozenClassifier
+    upscalers: dict[str, Upscale]  # by the name of their row
+    weights: list[str]  # their files
+    t: TransformationsSection
+    runtime: Runtime
+
+    def load(self, path: Path) -> Tensor:
+        """(1,3,H,W) in [0,1], cropped as for the test; raises UnreadableImage."""
+        return to_float(photograph(path, self.t.resize_size, self.t.val_crop_size)[None], self.runtime.device)
+
+
+def read_all(networks: Networks, image: Tensor, reduce: Callable[[Tensor], Tensor]) -> dict[str, Row]:
+    """What the classifier reads in an image (1,3,H,W) in [0,1], in what `reduce` leaves of it, and in what is rebuilt.
 
     Raises:
         InputError: the scores are not finite.
     """
-    pipelines = {ORIGINAL: reader.pipeline(BASELINE, unchanged)}
-    pipelines |= {name: reader.pipeline(name, reduce) for name in reader.restores}
-    small = reduce(image)
     rows = {}
-    for name, pipeline in pipelines.items():
-        _, rebuilt, (best,) = reader.read_batch(pipeline, image, count=BEST)
-        rows[name] = row(rebuilt[0], best)
-        if name == ORIGINAL:
-            best = []
-            if reader.classifier.reads(*small.shape[-2:]):
-                as_it_is = Pipeline(SMALL, reader.classifier, unchanged, unchanged)
-                (best,) = reader.read_batch(as_it_is, small, count=BEST)[2]
-            rows[SMALL] = row(small[0], best)._replace(image=pixels(enlarged(small, image)))
+    for pipeline in make_pipelines(networks.classifier, reduce, networks.upscalers):
+        name = pipeline.name
+        if name == "Bicubic":
+            continue
+        if name == SMALL:
+            small = reduce(image)
+            reads = networks.classifier.reads(*small.shape[-2:])
+            best = ask(pipeline, image, networks.runtime, top=BEST)[2][0] if reads else []
+            squares = Scaler(tuple(image.shape[-2:]), "nearest")(small)[0]  # every pixel as a square
+            rows[name] = row(small[0], best)._replace(image=pixels(squares))
+        else:
+            _, rebuilt, (best,) = ask(pipeline, image, networks.runtime, top=BEST)
+            rows[name] = row(rebuilt[0], best)
     return rows
 
 
@@ -122,18 +139,16 @@ def row(image: Tensor, best: list[dict]) -> Row:
     return Row(pixels(image), {p["label"]: p["probability"] for p in best}, (image.shape[-1], image.shape[-2]))
 
 
-def enlarged(small: Tensor, image: Tensor) -> Tensor:
-    """(1,3,h,w) -> (3,H,W) with every pixel as a square."""
-    return Scaler(tuple(image.shape[-2:]), "nearest")(small)[0]
-
-
-def make_page(reader, weights: list[str], image: Tensor | None, title: str, folder: Path) -> gr.Blocks:
+def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path):
     """The page; it begins with `image` (1,3,H,W), called `title`, else with the first example.
 
     `folder` is where it keeps what it shows.
     """
-    names = [ORIGINAL, SMALL, *reader.restores]
-    classifier, t = reader.classifier, reader.t
+    import gradio as gr
+    from gradio.processing_utils import save_pil_to_cache
+
+    names = [ORIGINAL, SMALL, BASELINE, *networks.upscalers]
+    classifier, t = networks.classifier, networks.t
     examples = example_photographs(dict(zip(classifier.class_names, classifier.labels, strict=True)))
 
     def take(path: str | None):
@@ -142,7 +157,7 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
             return None, gr.skip(), gr.skip(), ""
         name = html.escape(Path(path).name)
         try:
-            return None, reader.load(Path(path), small=False), name, ""
+            return None, networks.load(Path(path)), name, ""
         except UnreadableImage as error:
             reason = str(error).replace("add --small", "try_darionet.py --small reads such images")
             return None, gr.skip(), gr.skip(), f"{name}: {html.escape(reason)}"
@@ -152,7 +167,7 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
     def pick(event: gr.SelectData):
         """An example -> the image, its title, nothing wrong with it."""
         chosen = examples[event.index]
-        return reader.load(chosen.path, small=False), titled(chosen), ""
+        return networks.load(chosen.path), titled(chosen), ""
 
     def show(image: Tensor | None, times: float, interpolation: str, antialias: bool, jpeg, left: str, right: str):
         """Everything below the choices."""
@@ -160,10 +175,12 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
             return [gr.skip()] * len(outputs)
         reduce = way_to_reduce(times, interpolation, antialias, jpeg)
         try:
-            rows = read_all(reader, image, reduce)
+            rows = read_all(networks, image, reduce)
         except InputError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
-        notes = filter(None, (other_input(path, Reduction(1 / times, interpolation, antialias)) for path in weights))
+        notes = filter(
+            None, (other_input(path, Reduction(1 / times, interpolation, antialias)) for path in networks.weights)
+        )
         images = {name: one.image for name, one in rows.items()}
         pictures = [gr.Image(saved(name, one.image), label=headed(name, one)) for name, one in rows.items()]
         labels = [one.labels or None for one in rows.values()]
@@ -177,7 +194,7 @@ def make_page(reader, weights: list[str], image: Tensor | None, title: str, fold
         return (images[left], images[right]) if images else gr.skip()
 
     if image is None and examples:
-        image, title = reader.load(examples[0].path, small=False), titled(examples[0])
+        image, title = networks.load(examples[0].path), titled(examples[0])
     with gr.Blocks(title="DarioNet", analytics_enabled=False, delete_cache=CLEANING) as page:
         chosen, shown = gr.State(image), gr.State()
         with gr.Row():
@@ -254,6 +271,8 @@ def headed(name: str, one: Row) -> str:
 def without_room(app, folder: Path):
     """The web application `app`, refusing uploads while `folder` holds too much."""
 
+    from starlette.responses import PlainTextResponse
+
     async def guarded(scope, receive, send) -> None:
         answer = app
         if scope["type"] == "http" and scope["path"].endswith("/upload") and held(folder) > LARGEST_FOLDER:
@@ -274,24 +293,26 @@ def held(folder: Path) -> int:
     return total
 
 
-def serve(reader, weights: list[str], path: str | None = None) -> int:
-    """Serves the page on this machine alone until Ctrl-C, SIGTERM or SIGHUP; returns the exit code.
+def main() -> int:
+    """Serves the page on this machine alone until Ctrl-C, SIGTERM or SIGHUP."""
+    parser = script_parser(__doc__)
+    parser.add_argument("image", nargs="?", type=Path, help="the image that the page begins with")
+    parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
+    arguments = parser.parse_args()
+    if find_spec("gradio") is None:
+        raise InputError("the page needs gradio: pip install gradio, then pip install -r requirements.txt")
+    from starlette.middleware import Middleware
 
-    Args:
-        reader: try_darionet.py's: networks and classifier.
-        weights: files of the networks, for notes on what they were trained for.
-        path: of the image that the page begins with.
-
-    Raises:
-        InputError: that is no image; no port is free.
-    """
+    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
+    networks = open_networks(parameters, arguments.weights or [parameters.darionet.weights])
     try:
-        image = None if path is None else reader.load(Path(path), small=False)
+        image = arguments.image and networks.load(arguments.image)
     except UnreadableImage as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{arguments.image}: {error}") from None
+    title = html.escape(arguments.image.name) if arguments.image else ""
     with Stopper() as stopper, tempfile.TemporaryDirectory(prefix="darionet_", ignore_cleanup_errors=True) as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
-        page = make_page(reader, weights, image, html.escape(Path(path).name) if path else "", Path(folder))
+        page = make_page(networks, image, title, Path(folder))
         try:
             _, address, _ = page.queue(max_size=20).launch(
                 server_name=ADDRESS,
@@ -305,9 +326,22 @@ def serve(reader, weights: list[str], path: str | None = None) -> int:
                 app_kwargs={"middleware": [Middleware(without_room, folder=Path(folder))]},
             )
         except OSError as error:
-            raise InputError(f"--web: {error}") from None
+            raise InputError(f"the page: {error}") from None
         print(f"{address} shows the page; Ctrl-C ends it", flush=True)
         while not stopper.requested:
             time.sleep(0.1)
         page.close(verbose=False)
     return stopper.code
+
+
+def open_networks(parameters: Parameters, weights: list[str]) -> Networks:
+    t, runtime = parameters.transformations, start_runtime(parameters.test.precision)
+    seed_without_tf32(parameters.test.seed)
+    classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
+    classifier.check(t.val_crop_size, "transformations.val_crop_size")
+    upscalers = load_upscalers(weights, None, runtime.device, t.interpolation, t.antialias)
+    return Networks(classifier, upscalers, weights, t, runtime)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,8 +1,9 @@
-"""All variants in one pass over the data: one row per image and variant. Rebuilt images as files."""
+"""All variants in one pass over the data, one row per image and variant; rebuilt images as files."""
 
 import hashlib
 import os
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,12 +12,11 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics.functional.image import structural_similarity_index_measure
 from tqdm import tqdm
 
-from experiment.data import ImageTree, Loader, batches_until_stopped, to_float
+from experiment.data import Batch, ImageTree, to_float
 from experiment.distillation import psnr_db
-from experiment.metrics import BASELINE, ORIGINAL, SMALL, require_finite
+from experiment.metrics import BASELINE, ORIGINAL, SMALL, WINDOW, require_finite, ssim
 from experiment.runtime import Runtime, Stopper
 from experiment.sampling import ENDINGS, ending
 from models.classifier import FrozenClassifier
@@ -24,12 +24,10 @@ from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.images import to_image
-from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
-from models.published import published_file
-from models.rrdbnet import RRDBNet
+from models.pipeline import Enlarge, Pipeline, Size, Upscale, unchanged
 from models.scaler import INTERPOLATIONS, Reduction
+from models.weights import published_file
 
-SMALLEST_FOR_SSIM = 11  # pixels: the side of its Gaussian window
 LONGEST_NAME = 255  # bytes of a file's name
 
 
@@ -46,7 +44,7 @@ class Evaluation:
 def make_pipelines(
     classifier: FrozenClassifier,
     reduction: Reduction,
-    networks: dict[str, RRDBNet],
+    networks: dict[str, Upscale],
     rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
@@ -59,16 +57,13 @@ def make_pipelines(
         Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
         Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
         *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in rivals.items()),
-        *(
-            Pipeline(name, classifier, reduction, Upscale(network, reduction.interpolation, reduction.antialias))
-            for name, network in networks.items()
-        ),
+        *(Pipeline(name, classifier, reduction, restore) for name, restore in networks.items()),
     ]
 
 
-def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
-    """What enlarges the small images that an adapted classifier reads: an interpolation, or an upscaler's weights,
-    a file or a name that models/published.py knows.
+def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
+    """What enlarges the small images that an adapted classifier reads: `how` is an interpolation, or an upscaler's
+    weights, a file or a name that models.weights.URLS lists.
 
     Raises:
         InputError: `how` is neither an interpolation nor the weights of an RRDBNet x4.
@@ -79,9 +74,24 @@ def enlarger(how: str, reduction: Reduction, device: torch.device) -> Enlarge | 
 
 
 @torch.no_grad()
+def ask(
+    pipeline: Pipeline, images: Tensor, runtime: Runtime, size: Size | None = None, top: int = 1
+) -> tuple[Tensor, Tensor, list[list[dict]]]:
+    """(N,3,H,W) in [0,1] -> the small and the rebuilt images, and the `top` predictions of each.
+
+    Raises:
+        InputError: scores that are not finite.
+    """
+    with runtime.autocast():
+        small, rebuilt, logits = pipeline(images, size)
+    require_finite(logits, f"the image of {pipeline.name}")
+    return small, rebuilt, pipeline.classifier.predictions(logits, top)
+
+
+@torch.no_grad()
 def evaluate(
     pipelines: list[Pipeline],
-    loader: Loader,
+    arriving: Iterable[Batch],
     dataset: ImageTree,
     targets: list[int],
     runtime: Runtime,
@@ -90,46 +100,37 @@ def evaluate(
     result: Evaluation,
     keep_rows: bool = True,
 ) -> None:
-    """Adds the loader's images to `result`. The first of `pipelines` has to be Original: agreement is counted with it.
+    """Adds the images that arrive to `result`. The first of `pipelines` has to be Original, for the agreement with it.
 
-    Returns early where a signal asked to stop, between two batches.
+    Returns between two batches if a signal asked to stop.
 
     Raises:
         InputError: scores that are not finite.
     """
-    for batch in batches_until_stopped(loader, stopper):
+    for batch in arriving:
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
-        if len(batch.images):
-            images = to_float(batch.images, runtime.device)
-            target = torch.tensor([targets[i] for i in batch.indices.tolist()], device=runtime.device)
-            original = None
-            for pipeline in pipelines:
-                name = pipeline.name
-                with runtime.autocast():
-                    if name not in result.seconds:  # the first call compiles and allocates: not timed
-                        pipeline(images[:1])
-                    runtime.synchronize()
-                    started = time.perf_counter()
-                    _, rebuilt, logits = pipeline(images)
-                    runtime.synchronize()
-                result.seconds[name] = result.seconds.get(name, 0.0) + time.perf_counter() - started
-                result.timed[name] = result.timed.get(name, 0) + len(images)
-                require_finite(logits, f"the images of {name}")
-                original = logits if original is None else original
-                if keep_rows:
-                    compared = None if pipeline.restore is unchanged else rebuilt
-                    scored = score(logits.float(), target, original, images, compared)
-                    class_names = pipeline.classifier.class_names
-                    for index, values in zip(batch.indices.tolist(), scored, strict=True):
-                        result.rows.append(
-                            {
-                                "image": dataset.paths[index],
-                                "variant": name,
-                                "class": class_names[targets[index]],
-                                "predicted": class_names[values.pop("prediction")],
-                                **values,
-                            }
-                        )
+        places = batch.indices.tolist()
+        images = to_float(batch.images, runtime.device)
+        target = torch.tensor([targets[i] for i in places], device=runtime.device)
+        original = None
+        for pipeline in pipelines if places else ():
+            name, class_names = pipeline.name, pipeline.classifier.class_names
+            with runtime.autocast():
+                if name not in result.seconds:  # the first call compiles and allocates: not timed
+                    pipeline(images[:1])
+                runtime.synchronize()
+                started = time.perf_counter()
+                _, rebuilt, logits = pipeline(images)
+                runtime.synchronize()
+            result.seconds[name] = result.seconds.get(name, 0.0) + time.perf_counter() - started
+            result.timed[name] = result.timed.get(name, 0) + len(images)
+            require_finite(logits, f"the images of {name}")
+            original = logits if original is None else original
+            if keep_rows:
+                compared = None if pipeline.restore is unchanged else rebuilt
+                for i, row in zip(places, score(logits.float(), target, original, images, compared), strict=True):
+                    names = {"class": class_names[targets[i]], "predicted": class_names[row.pop("prediction")]}
+                    result.rows.append({"image": dataset.paths[i], "variant": name} | names | row)
         bar.update()
         if stopper.requested:
             return
@@ -150,59 +151,48 @@ def joined(parts: list[Evaluation], order: list[str]) -> Evaluation:
 
 
 def score(logits: Tensor, target: Tensor, original: Tensor, images: Tensor, rebuilt: Tensor | None) -> list[dict]:
-    """One dictionary per image; PSNR and SSIM are None where nothing was `rebuilt`."""
-    probabilities = logits.softmax(1)
+    """One dictionary per image; PSNR and SSIM are None if nothing was `rebuilt`, SSIM also if no window fits."""
     prediction = logits.argmax(1)
     columns = {
         "prediction": prediction,
-        "probability": probabilities.gather(1, prediction[:, None])[:, 0],
+        "probability": logits.softmax(1).amax(1),
         "correct": (prediction == target).int(),
         "top5": (logits.topk(min(5, logits.shape[1])).indices == target[:, None]).any(1).int(),
         "agreement": (prediction == original.argmax(1)).int(),
         "cross_entropy": F.cross_entropy(logits, target, reduction="none"),
+        "psnr_db": None if rebuilt is None else psnr_db(rebuilt, images),
+        "ssim": None if rebuilt is None or min(images.shape[-2:]) < WINDOW else ssim(rebuilt, images),
     }
-    none = [None] * len(images)
-    lists = {name: values.tolist() for name, values in columns.items()} | {"psnr_db": none, "ssim": none}
-    if rebuilt is not None:
-        lists["psnr_db"] = psnr_db(rebuilt, images).tolist()
-        if min(images.shape[-2:]) >= SMALLEST_FOR_SSIM:
-            _, windows = structural_similarity_index_measure(rebuilt, images, data_range=1.0, return_full_image=True)
-            edge = SMALLEST_FOR_SSIM // 2  # only windows that lie within the image count (Wang et al. 2004)
-            lists["ssim"] = windows[..., edge:-edge, edge:-edge].mean((1, 2, 3)).tolist()
-    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+    lists = [[None] * len(images) if values is None else values.tolist() for values in columns.values()]
+    return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
-def saved_as(name: str) -> str:
-    """The path below OUT of what is rebuilt from the image `name`: another one for every name, whatever else is there.
+def output_name(name: str) -> str:
+    """The path below OUT of what is rebuilt from the image `name`: different for every name.
 
     A PNG keeps its name, others get ".png" at their end; so does x.jpg.png, which would be that of x.jpg.
     """
     stem = os.path.splitext(name)[0]
-    target = name if ending(name) == ".png" and ending(stem) not in ENDINGS else f"{name}.png"
-    folder, last = os.path.split(target)
+    folder, last = os.path.split(name if ending(name) == ".png" and ending(stem) not in ENDINGS else f"{name}.png")
     if len(os.fsencode(last)) > LONGEST_NAME:
         tail = f"~{hashlib.sha256(os.fsencode(last)).hexdigest()[:16]}.png"
-        while len(os.fsencode(last + tail)) > LONGEST_NAME:
-            last = last[:-1]
-        last += tail
+        last = os.fsencode(last)[: LONGEST_NAME - len(tail)].decode(errors="ignore") + tail
     return os.path.join(folder, last)
 
 
 def to_rebuild(sources: list[Path], targets: list[Path], overwrite: bool) -> list[int]:
-    """Places of the images whose target is not there yet; of all with `overwrite`. Folders are made.
+    """Places of the images whose target does not exist yet; of all with `overwrite`. Folders are made.
 
     Raises:
         InputError: one of these targets can't be written, or is the image itself.
     """
     chosen = [i for i, target in enumerate(targets) if overwrite or not os.path.isfile(target)]
-    longest = {targets[i].parent: targets[i] for i in sorted(chosen, key=lambda i: len(os.fsencode(targets[i])))}
-    for target in longest.values():
-        refuse_unwritable(target, "--save")
-    for i in chosen:
-        if os.path.lexists(targets[i]):
-            refuse_unwritable(targets[i], "--save")
-            if os.path.exists(sources[i]) and os.path.exists(targets[i]) and os.path.samefile(sources[i], targets[i]):
-                raise InputError(f"{targets[i]}: the image itself; change --save")
+    existing = [i for i in chosen if os.path.lexists(targets[i])]
+    for i in {*{targets[i].parent: i for i in chosen}.values(), *existing}:
+        refuse_unwritable(targets[i], "--save")
+    for i in existing:
+        if targets[i].exists() and targets[i].samefile(sources[i]):
+            raise InputError(f"{targets[i]}: the image itself; change --save")
     return chosen
 
 
@@ -216,12 +206,9 @@ def save_image(rebuilt: Tensor, target: Path, overwrite: bool) -> None:
     """Writes (3,H,W) in [0,1] as a PNG of 8 bits, rounded.
 
     Raises:
-        InputError: the file came to be since `to_rebuild` looked.
+        InputError: the file exists since `to_rebuild` looked.
     """
-    if not overwrite and os.path.isfile(target):
-        raise InputError(
-            f"{target}: another run writes there, or its file system takes two of the names for one; change --save"
-        )
-    image = to_image(rebuilt)
-    # A quarter of the time of Pillow's default, a tenth more bytes.
+    if not overwrite and os.path.isfile(target):  # or the file system does not tell A from a
+        raise InputError(f"{target}: exists since this run started; change --save")
+    image = to_image(rebuilt)  # level 1: a quarter of the time of Pillow's default, a tenth more bytes
     write_atomically(target, lambda file: image.save(file, "PNG", compress_level=1))

@@ -1,6 +1,5 @@
-"""The results table, confidence intervals and per-class scores, all from the rows of predictions.csv."""
+"""The results table, confidence intervals, SSIM and per-class scores."""
 
-import contextlib
 import csv
 import io
 import json
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchmetrics.functional.classification import multiclass_f1_score, multiclass_precision, multiclass_recall
+from torch import Tensor
 
 from models.errors import InputError
 from models.files import write_text
@@ -19,14 +18,24 @@ from models.files import write_text
 # What the rows of the results are called: images as they are, reduced, enlarged again, and rebuilt by a DarioNet.
 ORIGINAL, SMALL, BASELINE, OURS = "Original", "Small", "Bilinear", "DarioNet"
 RESAMPLES = 2000  # of the bootstrap
+WINDOW = 11  # pixels: the side of SSIM's Gaussian window
 MEANS = ("cross_entropy", "psnr_db", "ssim", "top5", "agreement")
-TEXTS = ("image", "variant", "class", "predicted", "label", "reason", "decision")  # columns; all others are numbers
-PREDICTIONS = ("image", "variant", "class", "predicted", "correct")  # what the figures need of predictions.csv
-CLASSES = ("variant", "class", "label", "n", "f1")  # and of classes.csv
+COLUMNS = (  # of the table: heading, format, keys of a variant
+    ("Variant", "", "name"),
+    ("Accuracy", ".4f", "accuracy"),
+    ("95 % interval", ".3f", "accuracy_low", "accuracy_high"),
+    ("Top-5", ".4f", "top5"),
+    ("Agreement", ".4f", "agreement"),
+    ("Recovered", ".1%", "recovered"),
+    ("95 % interval", ".0%", "recovered_low", "recovered_high"),
+    ("PSNR dB", ".2f", "psnr_db"),
+    ("SSIM", ".3f", "ssim"),
+)
+HEADINGS = [heading for heading, *_ in COLUMNS]
 
 
-def require_finite(logits: torch.Tensor, what: str) -> None:
-    """Called wherever a class is read off the scores: of those that are not finite argmax would make class 0.
+def require_finite(logits: Tensor, what: str) -> None:
+    """Called before a class is read off the scores: argmax makes class 0 of scores that are not finite.
 
     Raises:
         InputError: not all of the scores on `what`, such as "DarioNet's images", are finite.
@@ -35,38 +44,46 @@ def require_finite(logits: torch.Tensor, what: str) -> None:
         raise InputError(f"the scores on {what} are not finite: its weights are damaged")
 
 
+def ssim(found: Tensor, expected: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of each image, (N,C,H,W) in [0,1] -> (N).
+
+    The window is a Gaussian of 1.5 pixels; only windows that lie within the image count.
+    """
+    gauss = [math.exp(-((k - WINDOW // 2) ** 2) / (2 * 1.5**2)) for k in range(WINDOW)]
+    x, y = found.float() - 0.5, expected.float() - 0.5  # smaller squares, so less is lost to rounding
+    means = torch.stack([x, y, x * x, y * y, x * y])
+    for axis in (-1, -2):
+        length = means.shape[axis] - WINDOW + 1
+        parts = [means.narrow(axis, k, length) for k in range(WINDOW)]
+        means = torch.zeros_like(parts[0])
+        for part, weight in zip(parts, gauss, strict=True):
+            means.add_(part, alpha=weight / sum(gauss))
+    mx, my, xx, yy, xy = means
+    structure = (2 * (xy - mx * my) + 0.03**2) / (xx - mx * mx + yy - my * my + 0.03**2)
+    mx, my = mx + 0.5, my + 0.5
+    return ((2 * mx * my + 0.01**2) / (mx * mx + my * my + 0.01**2) * structure).mean((1, 2, 3))
+
+
 def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int], seed: int) -> list[dict]:
     """One dictionary per variant, in the order of the rows: the `variants` of results.json.
 
     Intervals are 95 % percentile intervals of a bootstrap over images, the same images drawn for every variant
-    (Efron and Tibshirani 1993, chapter 13). Where a figure has no value it is None.
+    (Efron and Tibshirani 1993, chapter 13). A figure without a value is None.
     """
-    by_variant: dict[str, list[dict]] = {}
-    if not rows:
-        return []
-    for row in rows:
-        by_variant.setdefault(row["variant"], []).append(row)
+    names = dict.fromkeys(row["variant"] for row in rows)
+    by_variant = {name: [row for row in rows if row["variant"] == name] for name in names}
     correct = {name: np.array([row["correct"] for row in own], dtype=float) for name, own in by_variant.items()}
     accuracy, draws = bootstrap(correct, seed)
     table = []
     for name, own in by_variant.items():
+        figures = {"name": name, "n": len(own)} | {key: mean([row[key] for row in own]) for key in MEANS}
         low, high = interval(draws[name])
-        recovered, recovered_low, recovered_high = recovered_fraction(name, accuracy, draws)
-        table.append(
-            {
-                "name": name,
-                "n": len(own),
-                **{key: mean([row[key] for row in own]) for key in MEANS},
-                "accuracy": accuracy[name],
-                "accuracy_low": low,
-                "accuracy_high": high,
-                "recovered": recovered,
-                "recovered_low": recovered_low,
-                "recovered_high": recovered_high,
-                "seconds": seconds[name],
-                "images_per_second": timed[name] / max(seconds[name], 1e-9),
-            }
-        )
+        figures |= {"accuracy": accuracy[name], "accuracy_low": low, "accuracy_high": high}
+        recovered, drawn = recovered_draws(name, accuracy, draws)
+        low, high = (None, None) if drawn is None else interval(drawn)
+        figures |= {"recovered": recovered, "recovered_low": low, "recovered_high": high}
+        speed = timed[name] / max(seconds[name], 1e-9)
+        table.append(figures | {"seconds": seconds[name], "images_per_second": speed})
     return table
 
 
@@ -80,10 +97,8 @@ def bootstrap(correct: dict[str, np.ndarray], seed: int) -> tuple[dict[str, floa
     rng = np.random.default_rng(seed)
     stacked = np.stack(list(correct.values()), 1)
     draws = np.stack([rng.multinomial(n, np.full(n, 1 / n)) @ stacked for _ in range(RESAMPLES)]) / n
-    return (
-        {name: float(values.mean()) for name, values in correct.items()},
-        {name: draws[:, i] for i, name in enumerate(correct)},
-    )
+    accuracy = {name: float(values.mean()) for name, values in correct.items()}
+    return accuracy, {name: draws[:, i] for i, name in enumerate(correct)}
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
@@ -94,7 +109,7 @@ def interval(draws: np.ndarray) -> tuple[float, float]:
 def recovered_draws(
     name: str, accuracy: dict[str, float], draws: dict[str, np.ndarray]
 ) -> tuple[float | None, np.ndarray | None]:
-    """(variant - bilinear) / (original - bilinear), and the same of every draw; None where bilinear loses nothing."""
+    """(variant - bilinear) / (original - bilinear), and the same of every draw; None if bilinear loses nothing."""
     if name in (ORIGINAL, BASELINE, SMALL) or not {ORIGINAL, BASELINE} <= accuracy.keys():
         return None, None
     lost = accuracy[ORIGINAL] - accuracy[BASELINE]
@@ -102,33 +117,16 @@ def recovered_draws(
         return None, None
     fraction = (accuracy[name] - accuracy[BASELINE]) / lost
     lost_draws = draws[ORIGINAL] - draws[BASELINE]
-    if (lost_draws <= 0).any():  # the ratio has no interval where the loss itself may be nothing
+    if (lost_draws <= 0).any():  # the loss may be nothing: its ratio has no interval
         return fraction, None
     return fraction, (draws[name] - draws[BASELINE]) / lost_draws
 
 
-def recovered_fraction(
-    name: str, accuracy: dict[str, float], draws: dict[str, np.ndarray]
-) -> tuple[float | None, float | None, float | None]:
-    """The recovered fraction with its interval; None where there is none: see recovered_draws."""
-    fraction, drawn = recovered_draws(name, accuracy, draws)
-    return fraction, *((None, None) if drawn is None else interval(drawn))
-
-
 def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:
-    """Image -> variant -> 1 where it was read correctly, else 0, in the order of the rows.
-
-    Raises:
-        InputError: an image lacks a variant that others have.
-    """
+    """Image -> variant -> 1 if the classifier was right, else 0, in the order of the rows."""
     table: dict[str, dict[str, int]] = {}
     for row in rows:
         table.setdefault(row["image"], {})[row["variant"]] = row["correct"]
-    variants = {row["variant"]: None for row in rows}
-    for image, found in table.items():
-        if len(found) < len(variants):
-            missing = next(variant for variant in variants if variant not in found)
-            raise InputError(f"the predictions are not complete: no row {missing} of the image {image}")
     return table
 
 
@@ -139,42 +137,29 @@ def mcnemar(rows: list[dict], first: str, second: str) -> dict:
     """
     pairs = [(right[first], right[second]) for right in right_or_wrong(rows).values()]
     only_first, only_second = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
-    n = only_first + only_second
-    log_choose = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(n + 1))
-    tail = [
-        math.exp(value - n * math.log(2)) for k, value in enumerate(log_choose) if k <= min(only_first, only_second)
-    ]
-    p = min(1.0, 2 * math.fsum(tail))
+    n, fewer = only_first + only_second, min(only_first, only_second)
+    logs = (math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) for k in range(fewer + 1))
+    p = min(1.0, 2 * math.fsum(math.exp(value - n * math.log(2)) for value in logs))
     return {"first": first, "second": second, "only_first": only_first, "only_second": only_second, "p": p}
 
 
 def mcnemar_line(test: dict) -> str:
     """A sentence that says what `mcnemar` found."""
     p = f"p = {test['p']:.2g}" if test["p"] >= 1e-15 else "p < 1e-15"
-    return (
-        f"{test['first']} alone is right on {test['only_first']} images, "
-        f"{test['second']} alone on {test['only_second']}: McNemar's exact test gives {p}."
-    )
+    alone = f"{test['first']} alone is right on {test['only_first']} images, {test['second']} alone on"
+    return f"{alone} {test['only_second']}: McNemar's exact test gives {p}."
 
 
 def decisions(rows: list[dict], ours: str = OURS) -> list[dict]:
-    """For every image, whether DarioNet flipped the decision on the bilinear image: the rows of decisions.csv.
-
-    `ours` is DarioNet's variant. What a variant that is not there would say is None.
-    """
+    """Per image, whether DarioNet, the variant `ours`, flipped the decision on the bilinear image: decisions.csv."""
     names = {(0, 0): "stays wrong", (0, 1): "flipped to right", (1, 0): "flipped to wrong", (1, 1): "stays right"}
     classes = {row["image"]: row["class"] for row in rows}
-    return [
-        {
-            "image": image,
-            "class": classes[image],
-            "original": right.get(ORIGINAL),
-            "bilinear": right.get(BASELINE),
-            "darionet": right.get(ours),
-            "decision": names.get((right.get(BASELINE), right.get(ours))),
-        }
-        for image, right in right_or_wrong(rows).items()
-    ]
+    table = []
+    for image, right in right_or_wrong(rows).items():
+        before, after = right[BASELINE], right[ours]
+        row = {"image": image, "class": classes[image], "original": right[ORIGINAL], "bilinear": before}
+        table.append(row | {"darionet": after, "decision": names[before, after]})
+    return table
 
 
 def worst_cases(rows: list[dict], count: int, ours: str = OURS) -> list[str]:
@@ -185,121 +170,36 @@ def worst_cases(rows: list[dict], count: int, ours: str = OURS) -> list[str]:
 
 
 def per_class(rows: list[dict], class_names: list[str], labels: list[str]) -> list[dict]:
-    """Precision, recall and F1 of every class that has test images, for every variant: the rows of classes.csv."""
-    indices = {name: i for i, name in enumerate(class_names)}
+    """Precision, recall and F1 per variant and class that has test images: the rows of classes.csv."""
+    index = {name: i for i, name in enumerate(class_names)}
     table = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
-        own = [row for row in rows if row["variant"] == variant]
-        target = torch.tensor([indices[row["class"]] for row in own])
-        predicted = torch.tensor([indices[row["predicted"]] for row in own])
-        options = {"num_classes": len(class_names), "average": "none"}
-        counts = torch.bincount(target, minlength=len(class_names))
-        if len(class_names) == 1:  # torchmetrics wants two classes at least
-            scores = [torch.ones(1)] * 3
-        else:
-            scores = [
-                f(predicted, target, **options) for f in (multiclass_precision, multiclass_recall, multiclass_f1_score)
-            ]
-        for i in counts.nonzero()[:, 0].tolist():
-            values = dict(zip(("precision", "recall", "f1"), (float(s[i]) for s in scores), strict=True))
-            names = {"variant": variant, "index": i, "class": class_names[i], "label": labels[i]}
-            table.append(names | {"n": int(counts[i])} | values)
+        pairs = np.array([(index[r["class"]], index[r["predicted"]]) for r in rows if r["variant"] == variant])
+        hits = np.bincount(pairs[pairs[:, 0] == pairs[:, 1], 0], minlength=len(index)).tolist()
+        images, predicted = (np.bincount(column, minlength=len(index)).tolist() for column in pairs.T)
+        for i in np.unique(pairs[:, 0]).tolist():
+            row = {"variant": variant, "index": i, "class": class_names[i], "label": labels[i], "n": images[i]}
+            row |= {"precision": hits[i] / max(predicted[i], 1), "recall": hits[i] / images[i]}
+            table.append(row | {"f1": 2 * hits[i] / (images[i] + predicted[i])})
     return table
 
 
-HEADINGS = (
-    "Variant",
-    "Accuracy",
-    "95 % interval",
-    "Top-5",
-    "Agreement",
-    "Recovered",
-    "95 % interval",
-    "PSNR dB",
-    "SSIM",
-)
-
-
 def table_cells(variants: list[dict]) -> list[list[str]]:
-    """The results table as text, a row a variant, a dash where a figure has no value; the columns are HEADINGS."""
+    """The results table as text, one row per variant, a dash for what has no value."""
 
-    def number(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
+    def cell(form: str, *values: float | str | None) -> str:
+        return "–" if None in values else " to ".join(format(value, form) for value in values)
 
-    def between(low: float | None, high: float | None, form: str) -> str:
-        return "–" if low is None else f"{low:{form}} to {high:{form}}"
-
-    return [
-        [
-            v["name"],
-            number(v["accuracy"], ".4f"),
-            between(v["accuracy_low"], v["accuracy_high"], ".3f"),
-            number(v["top5"], ".4f"),
-            number(v["agreement"], ".4f"),
-            number(v["recovered"], ".1%"),
-            between(v["recovered_low"], v["recovered_high"], ".0%"),
-            number(v["psnr_db"], ".2f"),
-            number(v["ssim"], ".3f"),
-        ]
-        for v in variants
-    ]
+    return [[cell(form, *(v[key] for key in keys)) for _, form, *keys in COLUMNS] for v in variants]
 
 
 def markdown_table(variants: list[dict]) -> str:
     """The results table in Markdown, its columns padded so that it reads well in a terminal too."""
-    rows = [list(HEADINGS), *table_cells(variants)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADINGS))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
-def read_csv(path: Path, needed: tuple[str, ...] = ()) -> list[dict]:
-    """What `write_csv` wrote, also where a spreadsheet saved it again: numbers as numbers, empty fields as None.
-
-    Raises:
-        InputError: one of the columns `needed` is not there or has an empty field; a row is damaged or cut short.
-    """
-    contents = path.read_bytes()
-    try:
-        text = contents.decode("utf-16" if contents[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not in UTF-8: save it as CSV UTF-8, or evaluate again") from None
-    head = text.partition("\n")[0]
-    separator = max(",;\t", key=head.count)  # a spreadsheet's depends on its language
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    rows: list[dict] = []
-    columns: list[str] = []
-
-    def value(column: str, field: str) -> float | int | str | None:
-        if not field and column in needed:
-            raise ValueError(f"no {column}")
-        if column in TEXTS or not field:
-            return field or None
-        number = field.replace(",", ".") if separator != "," else field
-        with contextlib.suppress(ValueError):
-            return int(number)
-        with contextlib.suppress(ValueError):
-            if math.isfinite(float(number)):
-                return float(number)
-        raise ValueError(f"{column} is {field[:40]!r}, no number")
-
-    try:
-        for fields in reader:
-            if not columns:
-                columns = fields
-                for column in needed:
-                    if column not in columns:
-                        raise ValueError(f"no column {column}")
-            elif any(fields):  # spreadsheets add empty rows
-                if len(fields) != len(columns):
-                    raise ValueError(f"{len(fields)} fields, not {len(columns)}")
-                rows.append({column: value(column, field) for column, field in zip(columns, fields, strict=True)})
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{path}, line {max(1, reader.line_num)}: {error}; mend it, or evaluate again") from None
-    if needed and not rows:
-        raise InputError(f"{path}: no rows: evaluate again")
-    return rows
+    rows = [HEADINGS, *table_cells(variants)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
+    return "\n".join(lines) + "\n"
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
@@ -317,7 +217,7 @@ def require_tensorboard(wanted: bool) -> None:
 
 
 def log_to_tensorboard(folder: Path, row: dict, strip: Path) -> None:
-    """Adds a row of history.csv, and the picture `strip` where it was drawn, to what TensorBoard shows of a run."""
+    """Adds a row of history.csv, and the picture `strip` if it was drawn, to what TensorBoard shows of a run."""
     from torch.utils.tensorboard import SummaryWriter  # no part of requirements.txt
 
     with SummaryWriter(folder) as writer:

@@ -1,54 +1,45 @@
-"""parameters.json, read once and checked before any work; the command line and exit codes that all scripts share.
+"""The schema of parameters.json, and reading it: all of it is checked before any work. No torch here.
 
-No torch here: the samplers start without it.
+python -m experiment.parameters > docs/parameters.md
 """
 
-import argparse
-import contextlib
 import json
 import os
-import re
-import signal
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Literal, TextIO, Union, get_args, get_origin
+from typing import Annotated, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from models.errors import InputError, OneProcessError
+from experiment.script import printable
+from models.errors import InputError
+
+SHIPPED = Path(__file__).parents[1] / "examples/photographs/parameters.json"
 
 
-def expanded(text: str) -> str:
-    """`text` with a home folder for the ~ or ~user that it begins with.
-
-    Raises:
-        ValueError: there is no such home.
-    """
+def expand_home(text: str) -> str:
+    """`text` with a home folder for the ~ or ~user that it begins with."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise ValueError(f"{shown(path)}: no such home folder; write ./{shown(path)} if that is the name")
+        raise ValueError(f"{printable(path)}: no such home folder; write ./{printable(path)} if that is the name")
     return path
 
 
+def entry(default: object, description: str, **limits):
+    return Field(default, description=description, **limits)
+
+
+PAIR, TRIPLE = {"min_length": 2, "max_length": 2}, {"min_length": 3, "max_length": 3}
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Pixels = Annotated[int, Field(ge=1, le=4096)]
+BatchSize = Annotated[int, Field(ge=1, le=65536)]
+Quality = Annotated[int, Field(ge=1, le=95)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Text = Annotated[str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$"), AfterValidator(expanded)]
-Channels = Annotated[list[float], Field(min_length=3, max_length=3)]
-LONGEST_LINE = 2000  # characters of a message
+Text = Annotated[
+    str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$"), AfterValidator(expand_home)
+]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 
@@ -56,392 +47,276 @@ Precision = Literal["auto", "bf16", "fp16", "float32"]
 class Section(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def every_key_is_known(cls, values: object) -> object:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise ValueError(f"{printable(key)}: unknown key; known here: {', '.join(cls.model_fields)}")
+        return values
+
 
 class RandomReductionSection(Section):
     """The arguments of models.scaler.RandomReduction."""
 
-    share: Probability = 1.0
-    scale: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=2, max_length=2)] = [0.16, 0.5]
-    interpolation: Annotated[list[Interpolation], Field(min_length=1)] = ["bilinear", "bicubic"]
-    antialias: Annotated[list[bool], Field(min_length=1)] = [False, True]
-    jpeg_probability: Probability = 0.3
-    jpeg_quality: Annotated[list[Annotated[int, Field(ge=1, le=95)]], Field(min_length=2, max_length=2)] = [40, 95]
-
-    @model_validator(mode="after")
-    def lowest_first(self) -> "RandomReductionSection":
-        for key in ("scale", "jpeg_quality"):
-            if getattr(self, key)[0] > getattr(self, key)[1]:
-                raise ValueError(f"{key} has to hold the lowest and the highest value, in this order")
-        return self
+    share: Probability = entry(1.0, "Share of the batches that are reduced at random.")
+    scale: list[Fraction] = entry([0.16, 0.5], "Each batch draws a scale between these.", **PAIR)
+    interpolation: list[Interpolation] = entry(["bilinear", "bicubic"], "Each image draws one of these.", min_length=1)
+    antialias: list[bool] = entry([False, True], "Each image draws one of these.", min_length=1)
+    jpeg_probability: Probability = entry(0.3, "Probability that a small image is stored as a JPEG file.")
+    jpeg_quality: list[Quality] = entry([40, 95], "Lowest and highest quality of these files.", **PAIR)
 
 
 class TransformationsSection(Section):
-    scale: Annotated[float, Field(gt=0, le=1)] = 0.32
-    resize_size: Pixels = 256
-    train_crop_size: Pixels = 256
-    val_crop_size: Pixels = 256
-    random_horizontal_flip_probability: Probability = 0.5
-    random_vertical_flip_probability: Probability = 0.1
-    interpolation: Interpolation = "bilinear"
-    antialias: bool = False
-    random_reduction: RandomReductionSection | None = None
-
-    @model_validator(mode="after")
-    def crops_fit(self) -> "TransformationsSection":
-        for key in ("train_crop_size", "val_crop_size"):
-            if getattr(self, key) > self.resize_size:
-                raise ValueError(f"{key} {getattr(self, key)} is larger than resize_size {self.resize_size}")
-        return self
+    scale: Fraction = entry(0.32, "Side of the small image over the original's, rounded down: 256 gives 81.")
+    resize_size: Pixels = entry(256, "Images are resized to this shorter side first, in pixels.")
+    train_crop_size: Pixels = entry(256, "Training crops a random square of this side, in pixels.")
+    val_crop_size: Pixels = entry(256, "Validation and test crop the central square of this side, in pixels.")
+    random_horizontal_flip_probability: Probability = entry(0.5, "Training mirrors this share of the images.")
+    random_vertical_flip_probability: Probability = entry(0.1, "Training turns this share of the images upside down.")
+    interpolation: Interpolation = entry("bilinear", "Way of resizing: bilinear, bicubic or nearest.")
+    antialias: bool = entry(False, "True filters images before they are made small; the published figures did not.")
+    random_reduction: RandomReductionSection | None = entry(None, "`{}`: training draws how images are made small.")
 
 
 class LossSection(Section):
     """The weights of experiment.distillation.TERMS."""
 
-    logits: Weight = 1.0
-    pixels: Weight = 0.0
-    features: Weight = 0.0
-    maps: Weight = 0.0
-
-    @model_validator(mode="after")
-    def not_all_zero(self) -> "LossSection":
-        if not any(self.model_dump().values()):
-            raise ValueError(f"at least one of {', '.join(type(self).model_fields)} has to be over 0")
-        return self
-
-
-class TrainingSection(Section):
-    seed: Seed = 1337
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    epochs: Annotated[int, Field(ge=1, le=100_000)] = 8
-    batches_per_epoch: Annotated[int, Field(ge=1)] | None = None
-    shuffle: bool = True
-    verbose: bool = True
-    save: bool = True
-    loss: LossSection = LossSection()
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    gradient_clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
-    clamp_gradient: bool = True
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
-    precision: Precision = "auto"
-    compile: bool = True
-    recompute: bool = False
-    checkpoint_minutes: Annotated[float, Field(ge=0)] = 10.0
-    tensorboard: bool = False
-
-
-class TestSection(Section):
-    seed: Seed = 1337
-    batch_size: Annotated[int, Field(ge=1, le=65536)] = 60
-    epochs: Annotated[int, Field(ge=1, le=1000)] = 1
-    batches_per_epoch: Annotated[int, Field(ge=1)] | None = None
-    verbose: bool = True
-    precision: Precision = "float32"
-
-
-class DataSection(Section):
-    train_original: Text = "assets/ImageNet2012_train_original"
-    train: Text = "assets/ImageNet2012_train"
-    val_original: Text = "assets/ImageNet2012_val_original"
-    val: Text = "assets/ImageNet2012_val"
-    test: Text = "assets/ImageNet2012_test"
-    train_fraction: Annotated[float, Field(gt=0, le=1)] = 0.15
-    val_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    seed: Seed = 2020
-    workers: Annotated[int, Field(ge=0, le=256)] = 4
+    logits: Weight = entry(1.0, "Weight of the mean squared error of the classifier's scores.")
+    pixels: Weight = entry(0.0, "Weight of the mean absolute error of the pixels.")
+    features: Weight = entry(0.0, "Weight of the mean squared error of the last layer's inputs.")
+    maps: Weight = entry(0.0, "Weight of the mean squared error of several layers' maps, each over its variance.")
 
 
 class ClassifierSection(Section):
     """The arguments of models.classifier.open_classifier."""
 
-    architecture: Text = "resnet50"
-    weights: Text | None = "IMAGENET1K_V1"
-    mean: Channels | None = None
-    std: Channels | None = None
-    head: Text | None = None
-    maps: Annotated[list[Text], Field(min_length=1)] | None = None
+    architecture: Text = entry("resnet50", "A torchvision name, `timm/NAME`, or `FILE.py:FUNCTION`.")
+    weights: Text | None = entry("IMAGENET1K_V1", "A file, torchvision's name, or `pretrained` (timm); null: none.")
+    mean: list[float] | None = entry(None, "The normalisation's mean per channel; null: the weights' own.", **TRIPLE)
+    std: list[float] | None = entry(None, "Its deviation per channel; null as for the mean.", **TRIPLE)
+    head: Text | None = entry(None, "Name of the last layer; null finds it.")
+    maps: list[Text] | None = entry(None, "Names of the layers of `training.loss.maps`; null finds them.", min_length=1)
 
     def describe(self) -> str:
         return f"{self.architecture}, {self.weights or 'its own weights'}"
 
 
+class TrainingSection(Section):
+    seed: Seed = entry(1337, "Seed of the weights, the order and the augmentation.")
+    batch_size: BatchSize = entry(16, "Images per step and process.")
+    learning_rate: Fraction = entry(1e-5, "Learning rate of Adam.")
+    epochs: int = entry(8, "Number of epochs.", ge=1, le=100_000)
+    batches_per_epoch: int | None = entry(None, "A number: each epoch takes that many random batches.", ge=1)
+    shuffle: bool = entry(True, "True trains in a random order.")
+    verbose: bool = entry(True, "True shows a progress bar.")
+    save: bool = entry(True, "True writes `darionet.weights`.")
+    loss: LossSection = entry(LossSection(), "The loss is the sum of these terms.")
+    more_teachers: list[ClassifierSection] = entry([], "More sections like `classifier`, for training.", max_length=9)
+    schedule: Literal["constant", "cosine"] = entry("constant", "`cosine` lowers the learning rate to 0 over the run.")
+    warmup_steps: int = entry(0, "The learning rate rises from 0 over this many steps.", ge=0)
+    gradient_clip_norm: float | None = entry(1.0, "Longer gradients are cut to this norm; null cuts none.", gt=0)
+    clamp_gradient: bool = entry(True, "False passes the gradient of pixels outside [0,1].")
+    adam_beta2: float = entry(0.999, "Second beta of Adam.", ge=0, lt=1)
+    ema_decay: float | None = entry(None, "A number: the weights' running average is validated and saved.", gt=0, lt=1)
+    precision: Precision = entry("auto", "bf16, fp16 or float32; auto takes what the device computes in hardware.")
+    compile: bool = entry(True, "True uses torch.compile on GPUs.")
+    recompute: bool = entry(False, "True recomputes every block in the backward pass: far less memory, slower.")
+    checkpoint_minutes: float = entry(10.0, "A checkpoint is written this often within an epoch, and after it.", ge=0)
+    tensorboard: bool = entry(False, "True writes a log for TensorBoard (`pip install tensorboard`).")
+
+
+class TestSection(Section):
+    seed: Seed = entry(1337, "Seed of the random batches and of the intervals.")
+    batch_size: BatchSize = entry(60, "Images per batch.")
+    epochs: int = entry(1, "Repeats the timing; with `batches_per_epoch`, each takes other images.", ge=1, le=1000)
+    batches_per_epoch: int | None = entry(None, "A number: each epoch takes that many random batches.", ge=1)
+    verbose: bool = entry(True, "True shows a progress bar.")
+    precision: Precision = entry("float32", "Precision of the evaluation, as `training.precision`.")
+
+
+class DataSection(Section):
+    train_original: Text = entry("assets/ImageNet2012_train_original", "img_sampler_train.py reads this folder.")
+    train: Text = entry("assets/ImageNet2012_train", "Training images; img_sampler_train.py writes them.")
+    val_original: Text = entry("assets/ImageNet2012_val_original", "img_sampler_val.py reads this folder.")
+    val: Text = entry("assets/ImageNet2012_val", "Validation images; img_sampler_val.py writes them.")
+    test: Text = entry("assets/ImageNet2012_test", "Test images; img_sampler_val.py writes them.")
+    train_fraction: Fraction = entry(0.15, "img_sampler_train.py keeps this share of every class.")
+    val_fraction: float = entry(0.5, "img_sampler_val.py takes this share of every class for validation.", gt=0, lt=1)
+    seed: Seed = entry(2020, "Seed of both samplers.")
+    workers: int = entry(4, "Number of processes that read images.", ge=0, le=256)
+
+    def refuse_training_on_held_out_images(self) -> None:
+        """Raises InputError if data.train shares a folder with data.val or data.test, links followed."""
+        trained = real_folders(self.train)
+        for key in ("val", "test"):
+            for folder in sorted(trained & real_folders(getattr(self, key))):
+                raise InputError(f"data.{key}: {printable(folder, 300)} is also in data.train: keep their images apart")
+
+
 class DarioNetSection(Section):
-    features: Annotated[int, Field(ge=1, le=1024)] = 64
-    blocks: Annotated[int, Field(ge=1, le=200)] = 23
-    growth: Annotated[int, Field(ge=1, le=1024)] = 32
-    initial_weights: Text | None = "assets/models/RRDB_PSNR_x4.pth"
-    weights: Text = "assets/models/DarioNet.pt"
-
-
-def as_list(value: object) -> object:
-    return value if isinstance(value, list) else [value]
-
-
-def one_or_list(sections: list[ClassifierSection]) -> dict | list[dict]:
-    dumped = [section.model_dump() for section in sections]
-    return dumped[0] if len(dumped) == 1 else dumped
-
-
-# One classifier, or a list: all are teachers in training, the first one is read by the other scripts.
-Classifiers = Annotated[
-    list[ClassifierSection], Field(min_length=1, max_length=10), BeforeValidator(as_list), PlainSerializer(one_or_list)
-]
+    features: int = entry(64, "Channels between the blocks.", ge=1, le=1024)
+    blocks: int = entry(23, "Number of blocks (RRDB).", ge=1, le=200)
+    growth: int = entry(32, "Channels that each convolution in a block adds.", ge=1, le=1024)
+    initial_weights: Text | None = entry("assets/models/RRDB_PSNR_x4.pth", "A file or a published name; null: none.")
+    weights: Text = entry("assets/models/DarioNet.pt", "Training writes this file, and the other scripts read it.")
 
 
 class Parameters(Section):
     """Every value of parameters.json; a key that a file leaves out has the value given here."""
 
-    transformations: TransformationsSection = TransformationsSection()
-    training: TrainingSection = TrainingSection()
-    test: TestSection = TestSection()
-    data: DataSection = DataSection()
-    classifier: Classifiers = [ClassifierSection()]
-    darionet: DarioNetSection = DarioNetSection()
+    transformations: TransformationsSection = entry(TransformationsSection(), "What is done to images.")
+    training: TrainingSection = entry(TrainingSection(), "How train_darionet.py trains.")
+    test: TestSection = entry(TestSection(), "How test.py evaluates.")
+    data: DataSection = entry(DataSection(), "Folders of images, and how they are sampled and read.")
+    classifier: ClassifierSection = entry(ClassifierSection(), "The frozen classifier.")
+    darionet: DarioNetSection = entry(DarioNetSection(), "The network that rebuilds images.")
 
     @model_validator(mode="after")
-    def nothing_is_overwritten(self) -> "Parameters":
-        written = os.path.realpath(self.darionet.weights)  # a link is written through
-        others = {"darionet.initial_weights": self.darionet.initial_weights}
-        others |= {f"classifier.weights ({c.architecture})": c.weights for c in self.classifier}
-        for key, path in others.items():
-            if path is not None and os.path.realpath(path) == written:
+    def values_agree(self) -> "Parameters":
+        t, drawn, d = self.transformations, self.transformations.random_reduction, self.darionet
+        for key in ("train_crop_size", "val_crop_size"):
+            if getattr(t, key) > t.resize_size:
+                raise ValueError(f"transformations.{key} {getattr(t, key)} is larger than resize_size {t.resize_size}")
+        for key in ("scale", "jpeg_quality") if drawn else ():
+            if getattr(drawn, key)[0] > getattr(drawn, key)[1]:
+                raise ValueError(f"transformations.random_reduction.{key} has to hold the lowest value first")
+        if not any(self.training.loss.model_dump().values()):
+            raise ValueError(f"training.loss: at least one of {', '.join(LossSection.model_fields)} has to be over 0")
+        read = {"darionet.initial_weights": d.initial_weights, "classifier.weights": self.classifier.weights}
+        read |= {f"training.more_teachers.{i}.weights": c.weights for i, c in enumerate(self.training.more_teachers)}
+        for key, path in read.items():  # a link is written through
+            if path is not None and os.path.realpath(path) == os.path.realpath(d.weights):
                 raise ValueError(f"darionet.weights names the same file as {key}, which training would overwrite")
         return self
 
 
-def read_parameters(path: str | Path, settings: list[str] = ()) -> Parameters:
-    """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top.
+def real_folders(root: str) -> set[str]:
+    """The real paths of a folder and of all folders below it, links followed."""
+    waiting, found = [os.path.realpath(root)], set()
+    while waiting:
+        folder = waiting.pop()
+        if folder not in found and os.path.isdir(folder):
+            found.add(folder)
+            waiting += [os.path.realpath(inner) for inner in os.scandir(folder) if os.path.isdir(inner.path)]
+    return found
 
-    Values of `settings` are JSON, else text; where the key takes text they are the text as it stands.
+
+def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameters:
+    """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top.
 
     Raises:
         InputError: one line with the file, the key, what was found and what is allowed.
     """
     try:
         contents = Path(path).read_bytes()  # json finds out which UTF it is, with or without a byte order mark
-        values = json.loads(contents, object_pairs_hook=without_repetition, parse_constant=refuse_constant)
+        values = json.loads(contents, object_pairs_hook=refuse_repetition)
     except OSError as error:
         raise InputError(f"{path}: the parameters can't be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON: {shown(str(error), 200)}") from None
+        raise InputError(f"{path}: not valid JSON: {printable(str(error), 200)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected an object with the sections {', '.join(Parameters.model_fields)}")
+    if isinstance(values.get("classifier"), list):
+        raise InputError(f"{path}: classifier is a list: the first stays, the others go to training.more_teachers")
     for setting in settings:
         override(values, setting)
-    try:
-        return Parameters.model_validate(values)
-    except ValidationError as error:
-        raise InputError(f"{path}: {first_line(error)}") from None
+    faults = faults_of(values)
+    if faults:
+        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+        raise InputError(f"{path}: {describe(faults[0])}{more}")
+    return Parameters.model_validate(values)
 
 
-def without_repetition(pairs: list[tuple[str, object]]) -> dict:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands twice in one object")
+def parameters_or_shipped(path: str | None, settings: Sequence[str], weights: Sequence[str] | None) -> Parameters:
+    """The parameters; those of the shipped network if neither a file nor weights are named and the default's weights
+    do not exist."""
+    parameters = read_parameters(path or "parameters.json", settings)
+    if path is None and not weights and not os.path.isfile(parameters.darionet.weights) and SHIPPED.is_file():
+        shipped = read_parameters(SHIPPED, settings)
+        if os.path.isfile(shipped.darionet.weights):
+            print(f"{parameters.darionet.weights} does not exist: taking {shipped.darionet.weights} and its classifier")
+            return shipped
+    return parameters
+
+
+def refuse_repetition(pairs: list[tuple[str, object]]) -> dict:
+    values = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"{key!r} stands twice in one object")
+        values[key] = value
     return values
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a number that JSON knows")
-
-
 def override(values: dict, setting: str) -> None:
-    """Writes "section.key=value" into `values`."""
+    """Writes "section.key=value" into `values`: the value as JSON if that fits, else as text (a folder called 2012)."""
     key, separator, text = setting.partition("=")
     if not separator or not key:
-        raise InputError(f"--set {shown(setting)}: expected KEY=VALUE, as in training.epochs=1")
+        raise InputError(f"--set {printable(setting)}: expected KEY=VALUE, as in training.epochs=1")
+    *sections, last = path = tuple(key.split("."))
+    section = values
+    for name in sections:
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            raise InputError(f"--set {printable(setting)}: {printable(name)} holds no keys of its own")
     try:
-        value = json.loads(text, parse_constant=refuse_constant)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = text
-    *sections, last = key.split(".")
-    wanted = kind_of(key)
-    if takes(wanted, str) and not isinstance(value, str) and not (value is None and takes(wanted, NoneType)):
-        value = text  # a folder may be called 2012
-    for section in sections:
-        if values.get(section) is None:
-            values[section] = {}
-        values = values[section]
-        if not isinstance(values, dict):
-            raise InputError(f"--set {shown(setting)}: {shown(section)} holds no keys of its own")
-    values[last] = value
+    for candidate in (value, text, value):
+        section[last] = candidate
+        if not any(fault["loc"][: len(path)] == path for fault in faults_of(values)):
+            break
 
 
-def kind_of(key: str) -> object:
-    """The type of the parameter "section.key"; None where there is none."""
-    kind = Parameters
-    for name in key.split("."):
-        kind = get_args(kind)[0] if get_origin(kind) is list else kind  # of the classifiers, one is set
-        field = getattr(kind, "model_fields", {}).get(name)
-        kind = field and field.annotation
-    return kind
-
-
-def takes(kind: object, other: type) -> bool:
-    """Whether `kind` is the type `other`, or a choice of types that has it."""
-    choices = get_args(kind) if get_origin(kind) in (Union, UnionType, Annotated) else ()
-    return kind is other or any(takes(one, other) for one in choices)
-
-
-def first_line(error: ValidationError) -> str:
-    """The first fault that pydantic found, on one line, and how many more there are."""
-    faults = error.errors(include_url=False)
-    fault = faults[0]
-    places = [name for i, name in enumerate(fault["loc"]) if not (i == 1 and fault["loc"][:2] == ("classifier", 0))]
-    key = shown(".".join(map(str, places))) or "the file"
-    if fault["type"] == "extra_forbidden":
-        section = Parameters
-        for name in (name for name in places[:-1] if isinstance(name, str)):
-            kind = ClassifierSection if name == "classifier" else section.model_fields[name].annotation
-            section = next((one for one in get_args(kind) if one is not NoneType), kind)
-        text = f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
-    elif fault["type"] == "value_error":
-        text = f"{key}: {fault['ctx']['error']}" if fault["loc"] else str(fault["ctx"]["error"])
-    else:
-        try:
-            found = json.dumps(fault["input"], default=str)
-        except RecursionError:
-            found = "values in values"
-        text = f"{key}: found {shown(found)}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
-    return text + (f" (and {len(faults) - 1} more)" if len(faults) > 1 else "")
-
-
-def shown(text: str, longest: int = 60) -> str:
-    """`text` for one line of a message: what can't be printed is escaped, and the end of what is long is left out."""
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: longest + 1])
-    return text if len(text) <= longest else text[: longest - 3] + "..."
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line; `--help` has the rest. A home folder's ~ is expanded."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else args
-        options = [re.fullmatch(r"(--[\w-]+=)?(.*)", one, re.DOTALL).groups("") for one in given]
-        return super().parse_known_args([name + os.path.expanduser(value) for name, value in options], namespace)
-
-    def error(self, message: str) -> None:
-        raise InputError(f"{message} (--help lists the options)")
-
-
-def script_parser(description: str) -> ArgumentParser:
-    """A parser with the two options that every script takes."""
-    parser = ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parameters", metavar="FILE", help="default: parameters.json")
-    parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="change one parameter, as in training.epochs=1"
-    )
-    return parser
-
-
-def remedy(error: Exception) -> str | None:
-    """What to do about an error that only the machine's limits raise; None for any other, a fault of the program."""
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return "out of GPU memory: close what else uses it, or lower the batch size"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory: lower the batch size, the crop size or data.workers, or take a smaller network"
-    return None
-
-
-TASKS = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE", "JSM_NAMESPACE_SIZE", "FLUX_JOB_SIZE")  # of mpirun
-
-
-def refuse_tasks_without_torchrun() -> None:
-    """Raises InputError where srun or mpirun started several tasks that know nothing of each other.
-
-    Each would train alone, and the last one's weights would win. Shells and batch scripts are no tasks, even where the
-    job that they stand in has room for several.
-    """
-    e = os.environ
-    in_step = "SLURM_PROCID" in e and ("SLURM_STEP_ID" in e or e.get("ENVIRONMENT") != "BATCH")
-    counts = [e.get("SLURM_STEP_NUM_TASKS", e.get("SLURM_NTASKS")) if in_step else None, *map(e.get, TASKS)]
-    tasks = max(int(count) if (count or "").isdecimal() else 1 for count in counts)
-    if tasks > 1 and e.get("WORLD_SIZE", "1") == e.get("LOCAL_WORLD_SIZE", "1"):  # torchrun on each by itself: the same
-        raise InputError(
-            f"{tasks} tasks were started, and each would work alone: start one (srun -n 1), with torchrun "
-            f"--nproc_per_node={tasks} {Path(sys.argv[0]).name}; README.md has the command for several machines"
-        )
-
-
-class Unbroken:
-    """A text stream that goes on in silence where nobody reads any more: `| head`, or a tee that Ctrl-C ended.
-
-    A run's results do not depend on its audience. `stream` is any that a shell or a notebook gives, or None.
-    """
-
-    def __init__(self, stream: TextIO | None):
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
-        with contextlib.suppress(AttributeError, ValueError):  # a notebook's has no lines
-            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)  # a file name may hold any bytes
-
-    def write(self, text: str) -> int:
-        self.attempt("write", text)
-        return len(text)
-
-    def flush(self) -> None:
-        self.attempt("flush")
-
-    def attempt(self, action: str, *text: str) -> None:
-        try:
-            getattr(self.stream, action)(*text)
-        except UnicodeEncodeError:
-            getattr(self.stream, action)(*(one.encode("ascii", "backslashreplace").decode() for one in text))
-        except (OSError, ValueError):  # its reader or terminal is gone, its disk is full, it was closed
-            silent = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123
-            with contextlib.suppress(AttributeError, OSError, ValueError):  # what is left in its buffer goes there too
-                os.dup2(silent.fileno(), self.stream.fileno())
-            self.stream = silent
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-
-def hold_closed_descriptors() -> None:
-    """Opens the null device in place of standard streams that are closed: else the next file gets their number.
-
-    A message to standard error would then be written into a checkpoint.
-    """
-    for number in (0, 1, 2):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-
-
-def run_script(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits: 0, its own code, 2 for what the user can mend, 1 for a disk that fails, 130 for Ctrl-C."""
-    script = Path(sys.argv[0]).name
-    streams = sys.stdout, sys.stderr  # a notebook goes on after this script
-    hold_closed_descriptors()
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    every_error = Unbroken(sys.stderr)
-    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one prints
-    sys.stdout = Unbroken(sys.stdout if first else None)
-    sys.stderr = every_error if first or os.environ.get("LOCAL_RANK", "0") == "0" else sys.stdout  # one a machine
+def faults_of(values: dict) -> list[dict]:
+    """What pydantic finds wrong."""
     try:
-        code = main() or 0
-    except InputError as error:
-        stream = every_error if isinstance(error, OneProcessError) else sys.stderr
-        print(f"{script}: {shown(str(error), LONGEST_LINE)}", file=stream)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"{script}: stopped", file=sys.stderr)
-        code = 130
-    except OSError as error:
-        line = f"{error.strerror or error}: {error.filename or 'the disk'}"
-        print(f"{script}: {shown(line, LONGEST_LINE)}", file=sys.stderr)
-        code = 1
-    except Exception as error:
-        line = remedy(error)
-        if line is None:
-            raise
-        print(f"{script}: {line}", file=every_error)  # a fault of this process is shown, whichever it is
-        code = 2
-    finally:
-        sys.stdout.flush()
-        sys.stdout, sys.stderr = streams
-    sys.exit(code)
+        Parameters.model_validate(values)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
+
+
+def describe(fault: dict) -> str:
+    """One of these on one line: the key path, what was found and what is allowed."""
+    key = printable(".".join(map(str, fault["loc"])))
+    if fault["type"] == "value_error":  # of a section, and then it begins with one of its keys; or of one value
+        return f"{key}{'.' if isinstance(fault['input'], dict) else ': '}{fault['ctx']['error']}".removeprefix(".")
+    try:
+        found = json.dumps(fault["input"], default=str)
+    except RecursionError:
+        found = "values in values"
+    return f"{key}: found {printable(found)}; {fault['msg'][0].lower()}{fault['msg'][1:]}"
+
+
+def reference() -> str:
+    """docs/parameters.md."""
+    return f"""# Parameters
+
+    python train_darionet.py --parameters FILE --set training.epochs=1 --set data.train=photographs
+
+Every script takes `--parameters FILE` (default: parameters.json) and `--set KEY=VALUE`, as often as you like. A key
+that the file leaves out has its default. `python -m experiment.parameters > docs/parameters.md` writes this page.
+
+| key | default | what it does |
+|---|---|---|
+{chr(10).join(rows_of(Parameters))}
+"""
+
+
+def rows_of(section: type[Section], prefix: str = "") -> Iterator[str]:
+    """A row of the table per key of a section, and of the sections in it."""
+    for name, field in section.model_fields.items():
+        default = "" if isinstance(field.default, Section) else f"`{json.dumps(field.default)}`"
+        yield f"| {prefix}{name} | {default} | {field.description} |"
+        for kind in (field.annotation, *get_args(field.annotation)):  # get_args: of a section or null
+            if isinstance(kind, type) and issubclass(kind, Section) and field.default != []:
+                yield from rows_of(kind, f"{prefix}{name}.")
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

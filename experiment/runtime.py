@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from experiment.parameters import refuse_tasks_without_torchrun
+from experiment.script import refuse_tasks_without_torchrun
 from models.errors import InputError, OneProcessError
 
 LOGS = Path("assets/logs")  # a folder in it for every run
@@ -308,10 +308,6 @@ def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
     return stops  # and not what has come since: all have to do the same
 
 
-class Stopped(BaseException):
-    """A stop signal came while something was waited for. No Exception, which a decoder's caller would catch."""
-
-
 class Stopper:
     """Notes Ctrl-C, SIGTERM and SIGHUP instead of dying of them, so that the step in progress can end.
 
@@ -321,8 +317,7 @@ class Stopper:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.owner = os.getpid()
-        self.waiting = False
-        self.alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+        self.alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # several processes agree on a stop at their next step
 
     def __enter__(self) -> "Stopper":
         heard = [s for s in STOP_SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
@@ -342,23 +337,6 @@ class Stopper:
         if os.environ.get("RANK", "0") == "0":
             with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads our output, such as tee
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
-        if self.waiting:
-            self.waiting = False
-            raise Stopped
-
-    def wait_for(self, get: Callable):
-        """get(), or None where a stop signal came before its end; one of several processes waits on.
-
-        Those agree on a stop at their next step, and torchrun ends one that does not come to it.
-        """
-        try:
-            try:
-                self.waiting = self.alone
-                return None if self.waiting and self.requested else get()
-            finally:
-                self.waiting = False
-        except Stopped:
-            return None
 
     def stop_with_others(self) -> None:
         """Another process was asked to stop."""

@@ -1,7 +1,5 @@
 """DarioNet: trained weights ready for use, and the RRDBNet that a parameters.json names."""
 
-import functools
-import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -12,13 +10,20 @@ from PIL import Image
 from torch import Tensor, nn
 
 from models.errors import InputError
-from models.files import write_text
 from models.images import to_image, to_tensor
 from models.pipeline import Upscale
-from models.published import URLS, published_file
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import SHIPPED, generator_size, load_generator, load_strictly, metadata_of, say, sha256_of
+from models.weights import (
+    SHIPPED,
+    URLS,
+    generator_size,
+    load_generator,
+    load_strictly,
+    published_file,
+    say,
+    trained_for,
+)
 
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
@@ -30,8 +35,8 @@ class DarioNet:
     """A trained network, ready to rebuild images.
 
     Args:
-        weights: a file that train_darionet.py wrote, or any RRDBNet x4; as it stands, the network for photographs that
-            the project brings.
+        weights: a file that train_darionet.py wrote, or any RRDBNet x4; by default the network for photographs that
+            comes with the project.
         device: "cpu", "cuda", ...
 
     Raises:
@@ -54,7 +59,9 @@ class DarioNet:
         return to_image(rebuilt) if isinstance(images, Image.Image) else rebuilt
 
 
-def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
+def load_rrdbnet(
+    path: str, device: torch.device | str = "cpu", memory_format: torch.memory_format | None = None
+) -> RRDBNet:
     """The RRDBNet of a weights file; its size is read from the weights.
 
     Raises:
@@ -63,7 +70,7 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
     weights = load_generator(path)
     network = RRDBNet(*generator_size(weights))
     load_strictly(network, weights, path)
-    return prepare(network, device)
+    return to_device(network, device, memory_format)
 
 
 def build_darionet(
@@ -76,37 +83,39 @@ def build_darionet(
 ) -> RRDBNet:
     """A DarioNet to be trained: of the size asked for, from `initial_weights`, or as an enlargement if that is None.
 
-    `initial_weights` is a file, or a name that models/published.py knows, which is downloaded once.
+    `initial_weights` is a file, or a name in models.weights.URLS, which is downloaded once.
 
     Raises:
         InputError: no file, no network, not weights, or weights of another size.
     """
-    network = RRDBNet(features, blocks, growth)
-    if initial_weights is not None:
-        initial_weights = published_file(initial_weights)
-        if not Path(initial_weights).is_file():
-            raise InputError(
-                f"{initial_weights}: no such weights file (darionet.initial_weights); README.md says where to get "
-                f"ESRGAN's, or how to train on pixels in their place; {' and '.join(URLS)} are downloaded by name; "
-                "null starts as a plain enlargement"
-            )
-        weights = load_generator(initial_weights)
-        found = generator_size(weights)
-        if found != (features, blocks, growth):
-            raise InputError(
-                f"{initial_weights}: features, blocks, growth are {found} in the file "
-                f"and {(features, blocks, growth)} in the parameters (darionet)"
-            )
-        load_strictly(network, weights, initial_weights)
-    return prepare(network, device, memory_format)
+    size = (features, blocks, growth)
+    if initial_weights is None:
+        return to_device(RRDBNet(*size), device, memory_format)
+    path = published_file(initial_weights)
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such weights file (darionet.initial_weights); README.md says where to get ESRGAN's; "
+            f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
+        )
+    network = load_rrdbnet(path, device, memory_format)
+    if (found := generator_size(network.state_dict())) != size:
+        raise InputError(
+            f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters (darionet)"
+        )
+    return network
 
 
 def load_upscalers(
-    weights: list[str], initial_weights: str | None, device: torch.device | str = "cpu"
-) -> dict[str, RRDBNet]:
+    weights: list[str],
+    initial_weights: str | None,
+    device: torch.device | str = "cpu",
+    interpolation: str = "bilinear",
+    antialias: bool = False,
+) -> dict[str, Upscale]:
     """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
-    `initial_weights` may be a name, as in `build_darionet`; where it can't be downloaded, a line says so.
+    `initial_weights` may be a name, as in `build_darionet`; if it can't be downloaded, a line says so. `interpolation`
+    and `antialias` are those of Upscale.
 
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
@@ -120,75 +129,30 @@ def load_upscalers(
     start = []
     if initial_weights is not None:
         try:
-            path = published_file(initial_weights)
-            start = [path] if Path(path).is_file() else []
+            start = list(filter(os.path.isfile, [published_file(initial_weights)]))
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
     # A file that is named twice has its last place: the last row is the one that is looked at.
     paths = list({os.path.realpath(path): path for path in reversed([*start, *weights])}.values())[::-1]
-    kinds = [row_name(path) for path in paths]
-    several = {kind for kind in kinds if kinds.count(kind) > 1}
-    names = [Path(path).stem if kind in several else kind for kind, path in zip(kinds, paths, strict=True)]
+    kinds = Counter(map(row_name, paths))
+    names = [name if kinds[name := row_name(path)] == 1 else Path(path).stem for path in paths]
     taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
     names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
-    return {name: load_rrdbnet(path, device).eval() for name, path in zip(names, paths, strict=True)}
+    networks = [load_rrdbnet(path, device).eval() for path in paths]
+    return {name: Upscale(one, interpolation, antialias) for name, one in zip(names, networks, strict=True)}
 
 
 def row_name(path: str) -> str:
-    """What tables call weights: "DarioNet" or "Pixels" (trained on pixels alone) where their note says that this
-    project trained them, else "ESRGAN"."""
+    """What tables call weights: "DarioNet" or "Pixels" (trained on pixels alone) if their note says that this project
+    trained them, "ESRGAN" if their file has a name of ESRGAN's, else the file's own name."""
     loss = trained_for(path).get("loss")
     if not isinstance(loss, dict):
-        return "ESRGAN"
+        return "ESRGAN" if Path(path).name.startswith(("RRDB_", "ESRGAN_", "RealESRGAN_")) else Path(path).stem
     return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
 
 
-def note_of(weights: str | Path) -> Path:
-    """The JSON file beside a weights file, FILE.json, that says what the weights were trained for."""
-    return Path(f"{weights}.json")
-
-
-def write_note(weights: str | Path, note: dict) -> None:
-    """Writes what the weights file that stands there now was trained for, and whose note it is: the file's SHA-256."""
-    text = json.dumps(note | {"sha256": sha256_of(Path(weights))}, indent=2, allow_nan=False)
-    write_text(note_of(weights), text + "\n")
-
-
-def trained_for(path: str) -> dict:
-    """What train_darionet.py noted in a JSON file beside its weights; nothing for weights from elsewhere.
-
-    A .safetensors file that models/export.py wrote holds its note itself.
-
-    Raises:
-        InputError: the JSON file is damaged.
-    """
-    beside, weights = note_of(path), Path(path)
-    if weights.suffix == ".safetensors":
-        try:
-            return dict(json.loads(metadata_of(weights).get("trained_for", "{}")))
-        except (ValueError, TypeError, RecursionError):  # another project's text of this name
-            return {}
-    if not beside.is_file() or not weights.is_file():
-        return {}
-    try:
-        note = dict(json.loads(beside.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise InputError(f"{beside}: not what train_darionet.py writes beside its weights; remove it") from None
-    stamp = weights.stat()
-    return note if is_of(weights.absolute(), str(note.get("sha256")), (stamp.st_size, stamp.st_mtime_ns)) else {}
-
-
-@functools.cache
-def is_of(weights: Path, sha256: str, stamp: tuple) -> bool:
-    """Whether a note with this hash was written for the weights; one line where it was not."""
-    belongs = sha256 == sha256_of(weights)
-    if not belongs:
-        say(f"Note: {note_of(weights)} was written for other weights and is left out")
-    return belongs
-
-
 def other_input(path: str, reduction: Reduction) -> str | None:
-    """A line that says how this input differs from what the weights were trained for; None where it does not."""
+    """A line that says how this input differs from what the weights were trained for; None if it does not."""
     note, now = trained_for(path), reduction.note()
     drawn = note.get("random_reduction") or {}
     known = {key: [note.get(key, value), *drawn.get(key, ())] for key, value in now.items()}
@@ -196,12 +160,6 @@ def other_input(path: str, reduction: Reduction) -> str | None:
         known["scale"].append(reduction.scale)
     different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if value not in known[key]]
     return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
-
-
-def was_drawn(scale: float, note: dict) -> bool:
-    """Whether a training with random reductions had this scale among them."""
-    lowest, highest = (note.get("random_reduction") or {}).get("scale", (1, 0))
-    return lowest <= scale <= highest
 
 
 def other_size(path: str, side: int, full_side: int) -> str | None:
@@ -216,7 +174,15 @@ def other_size(path: str, side: int, full_side: int) -> str | None:
     return f"Note: {path} was trained for small images of {trained} pixels, not {side}; expect less"
 
 
-def prepare(network: Network, device: torch.device | str, memory_format: torch.memory_format | None = None) -> Network:
-    """On `device`, in channels_last where nothing else is asked for: what evaluates soonest, but on Macs' GPUs."""
+def was_drawn(scale: float, note: dict) -> bool:
+    """Whether a training with random reductions had this scale among them."""
+    lowest, highest = (note.get("random_reduction") or {}).get("scale", (1, 0))
+    return lowest <= scale <= highest
+
+
+def to_device(
+    network: Network, device: torch.device | str, memory_format: torch.memory_format | None = None
+) -> Network:
+    """Moves `network` to `device`, by default in channels_last: the fastest for evaluation, but on Macs' GPUs."""
     default = torch.contiguous_format if torch.device(device).type == "mps" else torch.channels_last
     return network.to(device=device, memory_format=memory_format or default)

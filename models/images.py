@@ -1,67 +1,161 @@
-"""PIL images of any mode to RGB, to tensors, and back."""
+"""Reads images as a viewer would show them: any file or PIL image to 8-bit sRGB, to tensors, and back."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
+import contextlib
+import errno
+import functools
+import io
+import os
+import stat
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as vision
 
-BITS, PHOTOMETRIC, COLOR_MAP = 258, 262, 320  # tags of a TIFF
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "QOI")  # whatever a file's name
+ALPHA = ("LA", "PA", "RGBA", "RGBa")
+MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", *ALPHA)  # Pillow converts these rightly
+DEEP = ("I", "I;16", "I;16B", "I;16L")  # grey of 16 bits
+PNG_8_BITS = ("L", "RGB", "P", "P;1", "P;2", "P;4")  # how pixels are stored if a transparent colour is read rightly
+SRGB_GAMMA = 1 / 2.2  # what a PNG says that means sRGB
 
 
 class UnreadableImage(Exception):
-    """The file is no image that can be decoded; the message says why."""
+    """The file is no image that can be decoded and shown rightly; the message says why."""
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """The file's first frame as 8-bit sRGB, turned as its EXIF orientation says, transparency on white.
+
+    Raises:
+        UnreadableImage: not a plain file, not an image of FORMATS, damaged, too large, or of a layout that Pillow is
+            not known to show rightly.
+        OSError: this process has too many open files.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImage("not a plain file")  # opening a FIFO would wait for ever
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd EXIF data, odd palettes
+            with Image.open(path, formats=FORMATS) as image:
+                return as_shown(image)
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError:
+        reason = f"cannot identify image file; what is read: {', '.join(FORMATS)}"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # no fault of the image's
+            raise
+        reason = error.strerror or str(error)
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        reason = f"{type(error).__name__}: {error}"
+    name = os.fspath(path)  # whoever lists the reasons names the file
+    raise UnreadableImage(reason.replace(f" {name!r}", "").replace(name, "").replace("\n", " ")[:200])
+
+
+def as_shown(image: Image.Image) -> Image.Image:
+    """An image, best not loaded yet, as 8-bit sRGB, upright, on white."""
+    refuse_odd_layout(image)
+    tiles = getattr(image, "tile", ())
+    frame = tiles[0].extents if image.format == "GIF" and tiles else None
+    image.load()
+    rgb = to_rgb(turn_upright(image))
+    if frame and frame != (0, 0, *rgb.size):  # what a GIF's first frame leaves of its canvas is transparent
+        whole = Image.new("RGB", rgb.size, "white")
+        whole.paste(rgb.crop(frame), frame[:2])
+        return whole
+    return rgb
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    try:
+    with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
         return ImageOps.exif_transpose(image)
-    except Exception:  # a viewer shows an image with damaged EXIF data as it lies
-        return image
+    return image
 
 
-def to_rgb(image: Image.Image, tags: Mapping[int, Any] = MappingProxyType({})) -> Image.Image:
-    """What Pillow decoded, of any mode, as 8-bit RGB on white; `tags` are those of a TIFF."""
-    if image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no fixed white")
-    if image.mode.startswith("I"):
-        return to_8_bits(image, tags).convert("RGB")
-    if image.mode == "P" and max(tags.get(COLOR_MAP, [256])) < 256:  # of 8 bits, where TIFF has 16
-        image.putpalette(np.uint8(tags[COLOR_MAP]).reshape(3, -1).T.tobytes())
-    if image.mode == "La":  # Pillow knows no other way from here
-        image = image.convert("LA")
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+def refuse_odd_layout(image: Image.Image) -> None:
+    """Refuses what Pillow opens and shows wrongly."""
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    bits, photometric = set(tags.get(258, (1,))), tags.get(262)
+    keyed = image.format == "PNG" and "transparency" in image.info and image.tile
+    odd = {
+        "signed or floating-point pixels have no fixed black and white": set(tags.get(339, (1,))) != {1},
+        "each channel by itself": tags.get(284, 1) != 1,
+        "bits in reversed order": tags.get(266, 1) != 1,
+        f"{max(bits)} bits per channel": len(bits) > 1 or not bits <= {1, 2, 4, 8, 16},
+        "16 bits, of which 0 is white": photometric == 0 and 16 in bits,
+        "YCbCr that is not compressed as JPEG": photometric == 6 and image.info.get("compression") != "jpeg",
+        "a palette of 8 bits, not 16": max(tags.get(320, (256,))) < 256,
+        "a transparent colour that is not of 8 bits": bool(keyed) and keyed[0].args not in PNG_8_BITS,
+    }
+    for reason, found in odd.items():
+        if found:
+            raise UnreadableImage(reason)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as Pillow decodes it -> 8-bit sRGB on white.
+
+    Raises:
+        UnreadableImage: its mode is none that is known to be shown rightly.
+    """
+    info, mode = image.info, image.mode
+    if mode in DEEP:
+        image = to_8_bits(image)
+    elif mode not in MODES:
+        raise UnreadableImage("floating-point pixels have no fixed white" if mode == "F" else f"pixels of mode {mode}")
+    alpha = None
+    if mode in ALPHA or "transparency" in info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        alpha = image.getchannel("A")
+    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, image.mode if mode in DEEP else "RGB")
+    rgb = to_srgb(image if image.mode == kind else image.convert(kind), info)
+    rgb.info = {}  # it has no other colours now
+    return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
 
 
-def to_8_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """12, 16 or 32 bits of grey scaled and rounded, white is white; Pillow's own conversion clips them."""
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """16 bits of grey scaled and rounded; Pillow's own conversion clips them."""
     values = np.asarray(image)
-    bits = tags[BITS][0] if tags else 16
-    grey = values.astype(np.uint32)
-    if bits > 16:
-        grey >>= bits - 16
-    white = 2 ** min(bits, 16) - 1
-    grey *= 255
-    grey += white // 2
-    grey //= white
-    if tags.get(PHOTOMETRIC) == 0:  # white is zero
-        np.subtract(255, grey, out=grey)
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey.astype(np.uint8))
+    if values.min() < 0 or values.max() > 65535 or "transparency" in image.info:
+        raise UnreadableImage("grey of more than 16 bits, or with a transparent one")
+    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+
+
+def to_srgb(image: Image.Image, info: dict) -> Image.Image:
+    """L, RGB or CMYK -> RGB, by the ICC profile in `info`, else by a PNG's gamma."""
+    if profile := info.get("icc_profile"):
+        transform = profile_transform(profile, image.mode)
+        return ImageCms.applyTransform(image, transform) if transform else image.convert("RGB")
+    gamma, image = info.get("gamma", SRGB_GAMMA), image.convert("RGB")
+    if "srgb" in info or not 0.1 < gamma < 10 or abs(gamma / SRGB_GAMMA - 1) < 0.05:
+        return image
+    light = (np.arange(256) / 255) ** (1 / gamma)
+    srgb = np.where(light > 0.0031308, 1.055 * light ** (1 / 2.4) - 0.055, 12.92 * light)
+    return image.point(np.round(srgb * 255).astype(int).tolist() * 3)
+
+
+@functools.lru_cache(16)
+def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From an ICC profile to sRGB; None if it is broken, of another mode, or makes no difference of note."""
+    try:
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        transform = ImageCms.buildTransform(source, target, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
+        if mode == "CMYK":
+            return transform
+        cube = np.stack(np.meshgrid(*[np.arange(0, 256, 17)] * 3), -1).astype(np.uint8).reshape(-1, 16, 3)
+        probe = Image.fromarray(cube if mode == "RGB" else cube[..., 0])
+        found, same = (np.asarray(x, int) for x in (ImageCms.applyTransform(probe, transform), probe.convert("RGB")))
+        return transform if np.abs(found - same).max() > 2 else None
+    except Exception:
+        return None
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An image of any mode -> (1,3,height,width) float32 in [0,1], as `turn_upright` and `to_rgb` show it."""
-    rgb = to_rgb(turn_upright(image), getattr(image, "tag_v2", {}))
-    return vision.to_dtype(vision.pil_to_tensor(rgb), torch.float32, scale=True)[None]
+    """An image of any mode -> (1,3,height,width) float32 in [0,1], `as_shown`."""
+    return vision.to_dtype(vision.pil_to_tensor(as_shown(image)), torch.float32, scale=True)[None]
 
 
 def to_image(images: Tensor) -> Image.Image:

@@ -4,6 +4,7 @@ python soak/killed.py 200
 """
 
 import functools
+import io
 import os
 import random
 import signal
@@ -14,22 +15,22 @@ from pathlib import Path
 from warm import STEPS, drop, ends_as, output, place_of_its_own, report, small_experiment, start
 from warm import wait as wait_for
 
-import experiment.checkpoint
+import experiment.run
 import models.weights
 
 EVERY_STEP, EVERY_EPOCH = "0", "1000"  # minutes between checkpoints
 
 
-def note_steps(script) -> None:
+def note_steps() -> None:
     """Writes a line to steps.txt for every step that was taken, before the checkpoint that may follow it."""
-    count = script.State.count
+    step = experiment.run.Run.step
 
-    def noting(state, *arguments) -> None:
-        count(state, *arguments)
+    def noting(run, *arguments) -> None:
+        step(run, *arguments)
         with Path("steps.txt").open("a") as file:
-            file.write(f"{state.epoch} {state.batch}\n")
+            file.write(f"{run.state.epoch} {run.state.batch}\n")
 
-    script.State.count = noting
+    experiment.run.Run.step = noting
 
 
 class SavingMoments:
@@ -56,21 +57,22 @@ class SavingMoments:
             setattr(os, name, self.before(getattr(os, name)))
         Path.unlink = self.before(Path.unlink)
         Path("moments.txt").unlink(missing_ok=True)
-        write, save_to = experiment.checkpoint.Checksum.write, models.weights.save_to
+        save_to = models.weights.save_to
 
-        def half(checked, data):
+        def half(file, contents):
             if self.moment():
-                checked.file.write(bytes(data)[: len(data) // 2])
-                checked.file.flush()
+                whole = io.BytesIO()
+                save_to(whole, contents)
+                file.write(whole.getvalue()[: whole.tell() // 2])
+                file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return write(checked, data)
+            return save_to(file, contents)
 
-        experiment.checkpoint.Checksum.write = half
-        models.weights.save_to = self.before(save_to)
+        experiment.run.save_to = models.weights.save_to = half
 
 
 def prepare(script, kill_at: int | None = None) -> None:
-    note_steps(script)
+    note_steps()
     moments = SavingMoments(kill_at)
     moments.install()
     if kill_at is None:

@@ -26,9 +26,9 @@ from warm import (
     wait,
 )
 
-import experiment.checkpoint
 import experiment.distillation
-from experiment.checkpoint import FILE, is_whole
+import experiment.run
+from experiment.run import FILE, is_whole
 
 PHASES = ("parameters are read", "networks are built", "workers start", "training", "validation", "saving")
 LONGEST = 10  # seconds from the signal to the end
@@ -60,9 +60,9 @@ def prepare(script, phase: str, pipe: int) -> None:
         process.start = at(2, process.start)
     elif phase in PHASES[3:5]:
         number = 2 if phase == "training" else STEPS + 1
-        experiment.distillation.to_float = at(number, experiment.distillation.to_float)
+        script.to_float = experiment.distillation.to_float = at(number, script.to_float)
     else:
-        experiment.checkpoint.Checksum.write = at(5, experiment.checkpoint.Checksum.write)
+        experiment.run.save_to = at(2, experiment.run.save_to)
 
 
 def case(folder: Path, reference: Path, phase: str, number: int, group: bool, workers: int) -> str | None:
@@ -79,8 +79,8 @@ def case(folder: Path, reference: Path, phase: str, number: int, group: bool, wo
     seconds = time.monotonic() - sent
     if not told:
         return f"it never came there: {code}\n{output(folder)}"
-    if phase == PHASES[0]:  # nothing stands yet: the system's own ending of SIGTERM will do
-        if code not in (128 + number, -number) or "Traceback" in output(folder):
+    if phase in PHASES[:2]:  # there is nothing to resume yet
+        if code != 128 + number or "Traceback" in output(folder):
             return f"exit {code}\n{output(folder)}"
         if wait(start(folder)):
             return output(folder)

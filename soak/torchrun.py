@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from warm import ROOT, STEPS, checkpoint, place_of_its_own, report, same, small_experiment
 
-from experiment.checkpoint import FILE, is_whole, remember_job
+from experiment.run import FILE, is_whole
 
 # Runs train_darionet.py; the process RANK does what SIGNALS and WHEN say, in the job's first life alone.
 SCRIPT = f"""
@@ -42,7 +42,7 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == ("0
     if when == "0":
         experiment.runtime.start_runtime = at(experiment.runtime.start_runtime, 1)
     else:
-        experiment.distillation.to_float = at(experiment.distillation.to_float, int(when))
+        experiment.data.to_float = experiment.distillation.to_float = at(experiment.data.to_float, int(when))
 sys.argv[0] = {str(ROOT / "train_darionet.py")!r}
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -65,9 +65,8 @@ def torchrun(folder: Path, rank: str, when: int, *options: str, restarts: int = 
 
 def add_decoy(folder: Path, reference: Path) -> Path:
     """Another job's run, newer than any: nothing may touch it."""
-    decoy = folder / "assets" / "logs" / "train_29990101-000000"
+    decoy = folder / "assets" / "logs" / "train_29990101-000000_another-job"
     shutil.copytree(next((reference / "assets" / "logs").iterdir()), decoy)
-    remember_job(decoy, "another job")
     return decoy
 
 

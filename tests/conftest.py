@@ -7,7 +7,6 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -15,10 +14,10 @@ from PIL import Image
 from torchvision.models import get_model
 
 from experiment import plots
-from experiment.parameters import run_script
+from experiment.script import run_script
 from models.classifier import save_classifier
-from models.darionet import write_note
 from models.rrdbnet import RRDBNet
+from models.weights import save_weights
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ["checks", "discs", "stripes"]
@@ -68,7 +67,7 @@ def load_script(name: str):
 @pytest.fixture
 def start(monkeypatch, capfd):
     """Calls start("train_darionet", "--set", ...) -> Result(code, out, err), in this process to save the imports."""
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 50)  # half the time of a figure
+    monkeypatch.setitem(plots.STYLE, "savefig.dpi", 50)  # half the time of a figure
 
     def call(script: str, *arguments) -> Result:
         module = load_script(script)
@@ -81,7 +80,7 @@ def start(monkeypatch, capfd):
     return call
 
 
-FIGURES = ("class_bars", "decision_strip", "degradation", "f1_density", "f1_difference", "image_grid", "panels")
+FIGURES = ("class_bars", "decision_strip", "degradation", "f1_difference", "image_grid", "panels")
 FIGURES += ("pipeline_figure", "report", "results_table", "scales", "training_curves")
 
 
@@ -134,8 +133,7 @@ def experiment(tmp_path, monkeypatch) -> Path:
 def trained(experiment) -> Path:
     """The same with (random) weights of a DarioNet."""
     torch.manual_seed(1)
-    torch.save(RRDBNet(8, 1, 4).state_dict(), experiment / "DarioNet.pt")
-    write_note("DarioNet.pt", {"loss": {"logits": 1.0}})
+    save_weights(RRDBNet(8, 1, 4), experiment / "DarioNet.pt", {"loss": {"logits": 1.0}})
     return experiment
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 
 from benchmarks.correctness import loss_of, pipeline_of
-from experiment.distillation import average_gradients
+from experiment.run import average_gradients
 from experiment.runtime import Runtime, start_runtime
 from models.classifier import open_classifier
 from models.rrdbnet import RRDBNet

@@ -1,34 +1,27 @@
 """A checkpoint on a disk that fails: always a whole one, and what is damaged is seen."""
 
 import errno
-import json
 import os
 import random
 import resource
 import signal
-import socket
 import stat
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import one_line
 
-from experiment import checkpoint
-from experiment.checkpoint import (
+from experiment import run as runs
+from experiment.run import (
     FILE,
     PREVIOUS,
-    claim,
-    forget_job,
+    claimed,
     is_whole,
-    job_id,
-    latest_run,
+    job_suffix,
     load_checkpoint,
     refuse_changes,
-    remember_job,
-    run_folder_of,
-    run_of_job,
+    run_to_resume,
     save_checkpoint,
 )
 from models import files, weights
@@ -73,25 +66,23 @@ def goes_back(folder: Path, capsys, fault: str = "is damaged") -> bool:
 
 def test_every_truncation_is_recognised(saved, capsys):
     whole = (saved / FILE).read_bytes()
-    offsets = {0, 1, len(whole) - 1, len(whole) - checkpoint.TRAILER} | set(
-        random.Random(0).sample(range(len(whole)), 46)
-    )
+    for length in {0, 1, len(whole) - 1} | set(random.Random(0).sample(range(len(whole)), TRUNCATIONS)):
+        (saved / FILE).write_bytes(whole[:length])
+        assert goes_back(saved, capsys), length
+
+
+def test_a_flipped_byte_is_recognised_or_changes_nothing(saved, capsys):
+    """Bytes between the entries of torch's zip archive are covered by no checksum, and by no reader."""
+    whole, rng = (saved / FILE).read_bytes(), random.Random(0)
     recognised = 0
-    for offset in offsets:
-        (saved / FILE).write_bytes(whole[:offset])
-        recognised += goes_back(saved, capsys)
-    assert (recognised, len(offsets)) == (TRUNCATIONS, TRUNCATIONS)
-
-
-def test_every_flipped_byte_is_recognised(saved, capsys):
-    whole, rng, recognised = (saved / FILE).read_bytes(), random.Random(0), 0
-    for i in range(FLIPS):
+    for _ in range(FLIPS):
         damaged = bytearray(whole)
-        place = rng.randrange(len(whole)) if i >= checkpoint.TRAILER else len(whole) - 1 - i  # the checksum's own too
-        damaged[place] ^= rng.randrange(1, 256)
+        damaged[rng.randrange(len(whole))] ^= rng.randrange(1, 256)
         (saved / FILE).write_bytes(damaged)
-        recognised += goes_back(saved, capsys)
-    assert recognised == FLIPS
+        found = load_checkpoint(saved)
+        assert found["network"]["weight"].equal(state(found["number"])["network"]["weight"])
+        recognised += found["number"] == 1
+    assert recognised > FLIPS / 2
 
 
 def test_an_absent_one_is_said(saved, capsys):
@@ -134,13 +125,12 @@ def failing(number: int):
     return fail
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS], ids=errno.errorcode.get)
-@pytest.mark.parametrize("call", ["open", "write", "flush", "fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
 def test_a_failed_save_leaves_every_byte(saved, monkeypatch, call, number):
     before = contents(saved)
-    owner = {"open": Path, "write": checkpoint.Checksum, "flush": checkpoint.Checksum}.get(call, os)
     with monkeypatch.context() as patch:
-        patch.setattr(owner, call, failing(number))
+        patch.setattr(Path if call == "open" else os, call, failing(number))
         with pytest.raises(OSError) as error:
             save_checkpoint(saved, state(3))
     assert error.value.errno == number
@@ -148,20 +138,6 @@ def test_a_failed_save_leaves_every_byte(saved, monkeypatch, call, number):
     assert after[FILE] == before[FILE] and set(after) == set(before) and all(map(is_whole, saved.iterdir()))
     save_checkpoint(saved, state(3))
     assert load_checkpoint(saved)["number"] == 3
-
-
-def test_a_disk_that_loses_bytes_in_silence(saved, monkeypatch):
-    before, write = contents(saved), checkpoint.Checksum.write
-
-    def short(self, data):
-        write(self, data)
-        self.file.seek(-1, os.SEEK_CUR)
-        return len(data)
-
-    monkeypatch.setattr(checkpoint.Checksum, "write", short)
-    with pytest.raises(OSError, match="less than was written"):
-        save_checkpoint(saved, state(3))
-    assert contents(saved) == before
 
 
 def in_child(work) -> int:
@@ -366,86 +342,90 @@ def test_a_run_goes_on_from_the_one_before(start, experiment):
     one_line(start("train_darionet", "--resume", whole), FILE, "not a whole checkpoint")
 
 
-def make_run(logs: Path, name: str, minute: int, finished: bool = False, job: str | None = None) -> Path:
-    run = logs / f"train_{name}"
-    run.mkdir(parents=True)
-    save_checkpoint(run, state(1))
-    save_checkpoint(run, state(2), finished)
-    for path, time in ((run / PREVIOUS, 60 * minute - 1), (run / FILE, 60 * minute)):
+def make_run(name: str, minute: int, finished: bool = False, logs: str = "assets/logs") -> Path:
+    folder = Path(logs) / f"train_{name}"
+    folder.mkdir(parents=True)
+    save_checkpoint(folder, state(1))
+    save_checkpoint(folder, state(2) | {"finished": finished})
+    for path, time in ((folder / PREVIOUS, 60 * minute - 1), (folder / FILE, 60 * minute)):
         os.utime(path, (time, time))
-    if job is not None:
-        remember_job(run, job)
-    return run
+    return folder
 
 
-def test_a_restart_picks_up_its_own_run_alone(tmp_path):
-    logs = tmp_path / "logs"
-    assert run_of_job(logs, "mine") is None and run_of_job(logs, None) is None
-    for i, job in enumerate(["mine", "mine", "another", None]):
-        make_run(logs, str(i), i, job=job)
-    remember_job(logs / "train_4", "mine")  # did not come as far as a checkpoint
-    assert run_of_job(logs, "mine").name == "train_1" and run_of_job(logs, "unknown") is None
-    assert run_of_job(logs, None) is None
-    (logs / "train_1" / checkpoint.JOB).write_text("[")
-    assert run_of_job(logs, "mine").name == "train_0"
-    forget_job(logs, "mine")  # a new job under an old name
-    assert run_of_job(logs, "mine") is None and run_of_job(logs, "another").name == "train_2"
+def test_a_restart_picks_up_its_own_run_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_to_resume(None) is None
+    for i, suffix in enumerate(["_my-job", "_my-job", "_another", ""]):
+        make_run(f"{i}{suffix}", i)
+    (Path("assets/logs") / "train_4_my-job").mkdir()  # did not come as far as a checkpoint
+    assert run_to_resume(None).name == "train_1_my-job"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "unknown")
+    assert run_to_resume(None) is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")  # a new job under an old name
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "my job")
+    assert run_to_resume(None) is None
 
 
 def test_the_name_of_a_job(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert job_id() is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
-    assert job_id() == "a job"
+    assert job_suffix() == ""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a/job")
+    assert job_suffix() == "_a-job"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default: told apart by where its processes meet
     names = set()
     for address, port in (("a", "29500"), ("a", "29501"), ("b", "29500")):
         monkeypatch.setenv("MASTER_ADDR", address)
         monkeypatch.setenv("MASTER_PORT", port)
-        names.add(job_id())
+        names.add(job_suffix())
     assert len(names) == 3
 
 
-def test_the_newest_run_is_the_unfinished_one_that_wrote_last(tmp_path):
+def test_the_newest_run_is_the_unfinished_one_that_wrote_last(tmp_path, monkeypatch):
     """Not the one with the latest name: that depends on the time zone."""
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no training run with a checkpoint"):
-        latest_run(tmp_path)
-    make_run(tmp_path, "20260102-030000", 10, finished=True)
-    make_run(tmp_path, "20260101-230000", 20, finished=True)
-    assert latest_run(tmp_path).name == "train_20260101-230000"
-    make_run(tmp_path, "20260102-010000", 15)
-    make_run(tmp_path, "20260102-020000", 14)
-    assert latest_run(tmp_path).name == "train_20260102-010000"
-    (tmp_path / "train_20260102-020000" / FILE).write_bytes(b"damaged")  # just now
-    assert latest_run(tmp_path).name == "train_20260102-020000"
-
-
-def test_a_file_in_the_run_names_the_run(saved):
-    (saved / "samples").mkdir()
-    (saved / "samples" / "epoch_01.png").write_bytes(b"")
-    for path in (saved, saved / FILE, saved / PREVIOUS, saved / "samples", saved / "samples" / "epoch_01.png"):
-        assert run_folder_of(path) == run_folder_of(str(path)) == saved
-    assert run_folder_of(saved / "absent.pt") == saved / "absent.pt"
-    (saved / FILE).unlink()
-    assert run_folder_of(saved / PREVIOUS) == saved
+        run_to_resume("latest")
+    make_run("20260102-030000", 10, finished=True)
+    make_run("20260101-230000", 20, finished=True)
+    assert run_to_resume("latest").name == "train_20260101-230000"
+    make_run("20260102-010000", 15)
+    run = make_run("20260102-020000", 14)
+    assert run_to_resume("latest").name == "train_20260102-010000"
+    (run / FILE).write_bytes(b"damaged")  # just now
+    assert run_to_resume("latest") == run
+    assert run_to_resume(str(run / FILE)) == run_to_resume(str(run)) == run
 
 
 @pytest.mark.usefixtures("no_figures")
-def test_the_script_takes_a_file_of_the_run_and_says_that_it_is_finished(start, experiment):
+def test_a_finished_run_says_where_its_weights_are_and_goes_on_with_more_epochs(start, experiment):
     run = Path(start("train_darionet", "--set", "training.epochs=1").out.splitlines()[-1])
-    before = (run / FILE).read_bytes()
+    before = load_checkpoint(run)["network"]
     for named in ([run / FILE], []):
         result = start("train_darionet", "--resume", *named)
-        assert result.code == 0 and "This run is finished" in result.out and "Resumed" not in result.out
-        assert (run / FILE).read_bytes() == before
-        assert result.out.splitlines()[-2].endswith("): DarioNet.pt")
-    Path("DarioNet.pt").write_bytes(b"another run's")
-    line = start("train_darionet", "--resume").out.splitlines()[-2]
-    assert line.endswith(f"): {run / 'best.pt'}; DarioNet.pt does not hold them")
-    Path("DarioNet.pt").unlink()
-    assert start("train_darionet", "--resume").out.splitlines()[-2] == line
-    line = start("train_darionet", "--resume", "--set", "training.save=false").out.splitlines()[-2]
-    assert line.endswith(f"): {run / 'best.pt'}")
+        assert result.code == 0 and result.out.splitlines()[-2].endswith("): DarioNet.pt")
+        assert all(tensor.equal(before[name]) for name, tensor in load_checkpoint(run)["network"].items())
+    longer = start("train_darionet", "--resume", "--set", "training.epochs=2")
+    assert longer.code == 0 and "Resumed at epoch 2" in longer.out
+    at_once = Path(start("train_darionet", "--set", "training.epochs=2").out.splitlines()[-1])
+    found, expected = (load_checkpoint(folder)["network"] for folder in (run, at_once))
+    assert all(tensor.equal(found[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_living_run_is_left_alone(start, experiment):
+    run = Path(start("train_darionet", "--set", "training.epochs=1").out.splitlines()[-1])
+    partial = run / f".history.csv.1-1-living{PARTIAL}"
+    partial.write_text("half")
+    before = contents(run)
+    for save in ("true", "false"):
+        with claimed(run / FILE):
+            result = start("train_darionet", "--resume", run, "--set", f"training.save={save}")
+            one_line(result, "another run is writing it")
+        assert contents(run) == before
+    with claimed("DarioNet.pt"):
+        one_line(start("train_darionet"), "DarioNet.pt", "another run is writing it")
 
 
 def test_a_run_goes_on_without_the_weights_that_it_started_from(start, experiment):
@@ -453,7 +433,7 @@ def test_a_run_goes_on_without_the_weights_that_it_started_from(start, experimen
     run = start("train_darionet", "--set", "training.epochs=1", "--set", "darionet.initial_weights=start.pt")
     Path("start.pt").unlink()
     result = start("train_darionet", "--resume")
-    assert result.code == run.code == 0 and "This run is finished" in result.out
+    assert result.code == run.code == 0, result.err
 
 
 def test_what_may_change_and_what_may_not():
@@ -479,52 +459,25 @@ def test_what_may_change_and_what_may_not():
             refuse_changes(before, free | {section: before[section] | {key: value}})
     with pytest.raises(InputError, match="classifier_weights"):
         refuse_changes(before, free | {"classifier_weights": "0124"})
-    several = {"classifier": [before["classifier"], {"architecture": "vgg11", "weights": "b.pt"}]}
-    moved = [one | {"weights": f"moved/{one['weights']}"} for one in several["classifier"]]
-    refuse_changes(several, {"classifier": moved})
-    for other in (moved[:1], moved[::-1], before["classifier"]):
-        with pytest.raises(InputError, match="classifier.* set it back"):
-            refuse_changes(several, {"classifier": other})
 
 
-@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize("version", [1, 2, None])
 def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, monkeypatch, version):
-    monkeypatch.setattr(checkpoint, "VERSION", version)
+    monkeypatch.setattr(runs, "VERSION", version)
     save_checkpoint(tmp_path, state(1))
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"checkpoint\.pt: not a checkpoint of this version.*start a new run"):
         load_checkpoint(tmp_path)
 
 
-def test_two_runs_do_not_write_the_same_weights(tmp_path, capsys):
-    path, note = tmp_path / "new folder" / "w.pt", tmp_path / "new folder" / "w.pt.training"
-    link = tmp_path / "link.pt"
+def test_two_runs_do_not_write_the_same_file(tmp_path):
+    path, link = tmp_path / "new folder" / "w.pt", tmp_path / "link.pt"
     link.symlink_to(path)
-    with subprocess.Popen(["sleep", "60"]) as living, claim(path, "assets/logs/train_1"):
-        with claim(path, "assets/logs/train_2"):  # this process's own, as after a container's restart
-            pass
-        holder = {"host": socket.gethostname(), "pid": living.pid, "run": "assets/logs/train_3"}
-        note.write_text(json.dumps(holder))
+    with claimed(path):
         for name in (path, link):
-            with (
-                pytest.raises(InputError, match=rf"train_3 \(process {living.pid}\).*remove .*w\.pt\.training"),
-                claim(name, "b"),
-            ):
+            with pytest.raises(InputError, match="another run is writing it"), claimed(name):
                 pass
-        with claim(tmp_path / "other.pt", "c"):
+        with claimed(tmp_path / "other.pt"):
             pass
-        living.kill()
-    assert json.loads(note.read_text()) == holder  # not this run's to remove
-    assert capsys.readouterr().out == ""
-    stale = [json.dumps(holder), "", "[1]", json.dumps(holder | {"pid": "x"}), json.dumps(holder | {"pid": -1})]
-    for text in stale:  # its process is gone, or it says nothing
-        note.write_text(text)
-        with pytest.raises(ZeroDivisionError), claim(path, "d"):
-            assert json.loads(note.read_text())["run"] == "d"
-            raise ZeroDivisionError
-        assert not note.exists()
-    note.write_text(json.dumps(holder | {"host": "elsewhere"}))
-    with claim(path, "e"):
+    with claimed(link):
         pass
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 1 and "train_3 on elsewhere" in said[0]

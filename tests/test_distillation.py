@@ -1,29 +1,27 @@
 import copy
 import math
-from collections import Counter
 from functools import partial
 
 import pytest
 import torch
 from conftest import CLASSES, Listing
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.correctness import loss_of, pipeline_of
-from experiment.checkpoint import State
 from experiment.data import Batch
 from experiment.distillation import (
     TERMS,
     Losses,
-    Views,
+    compare,
     distillation_loss,
     ema_update,
     learning_rate_at,
     psnr_db,
-    refuse_unreadable,
-    step,
     validate,
 )
 from experiment.parameters import LossSection
+from experiment.run import Run
 from experiment.runtime import Runtime, Stopper
 from models.classifier import open_classifier
 from models.errors import InputError
@@ -37,7 +35,7 @@ CPU = Runtime(torch.device("cpu"), "float32")
 def pipeline(experiment) -> Pipeline:
     torch.manual_seed(0)
     classifier = open_classifier("resnet18", "classifier.pt")
-    classifier.require(32, "side")
+    classifier.check(32, "side")
     return pipeline_of(classifier, RRDBNet(8, 1, 4))
 
 
@@ -57,13 +55,12 @@ def test_every_term_is_its_formula(pipeline):
     for name, value in expected.items():
         losses = loss_of(pipeline, images, **{name: 1.0})
         torch.testing.assert_close(losses.total, value)
-        torch.testing.assert_close(losses.terms, {name: value})
     weights = {"logits": 2.0, "pixels": 3.0, "features": 0.5, "maps": 4.0}
     mixed = sum(weights[name] * value for name, value in expected.items())
     losses = loss_of(pipeline, images, **weights)
     torch.testing.assert_close(losses.total, mixed)
     torch.testing.assert_close(losses.psnr_db, psnr_db(rebuilt, images))
-    assert losses.rebuilt is None
+    assert losses.on_rebuilt is not None and loss_of(pipeline, images, pixels=1.0).on_rebuilt is None
 
 
 def test_several_teachers_are_averaged_and_the_first_is_reported(pipeline):
@@ -76,10 +73,10 @@ def test_several_teachers_are_averaged_and_the_first_is_reported(pipeline):
         for teachers in ([pipeline.classifier], [other], [pipeline.classifier, other])
     )
     torch.testing.assert_close(both.total, (one.total + two.total) / 2)
-    assert both.rebuilt.equal(one.rebuilt) and both.original.equal(one.original)
+    assert both.on_rebuilt.equal(one.on_rebuilt) and both.on_original.equal(one.on_original)
 
 
-def test_views_compute_what_is_asked_for_once(pipeline):
+def test_what_is_compared_is_computed_once_and_pixels_alone_ask_no_teacher(pipeline):
     calls = []
 
     def restore(small, size):
@@ -87,29 +84,33 @@ def test_views_compute_what_is_asked_for_once(pipeline):
         return pipeline.restore(small, size)
 
     images = torch.rand(2, 3, 32, 32)
-    views = Views(images, pipeline.reduce(images), restore, [pipeline.classifier])
-    assert not calls
+    compared = compare(images, pipeline.reduce(images), restore, [pipeline.classifier])
     for term in TERMS.values():
-        term(views)
+        term(compared)
     assert calls == [(32, 32)]
-    distillation_loss(images, pipeline.reduce(images), restore, [], {"pixels": 1.0})  # asks no teacher
+    distillation_loss(images, pipeline.reduce(images), restore, [None], {"pixels": 1.0})  # None could not look
 
 
 def test_a_clamp_that_passes_gradients(pipeline):
     unclamped = torch.tensor([-0.5, 0.5, 1.5]).repeat(1, 3, 1, 1).requires_grad_()
     for clamp_gradient, expected in ((True, [0.0, 1.0, 0.0]), (False, [1.0, 1.0, 1.0])):
-        views = Views(unclamped.detach(), unclamped.detach(), lambda small, size: unclamped, [], clamp_gradient)
-        assert views.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
-        (gradient,) = torch.autograd.grad(views.rebuilt.sum(), unclamped)
+        small = unclamped.detach()
+        compared = compare(small, small, lambda small, size: unclamped, [], clamp_gradient=clamp_gradient)
+        assert compared.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
+        (gradient,) = torch.autograd.grad(compared.rebuilt.sum(), unclamped)
         assert gradient[0, 0, 0].tolist() == expected
 
 
 def test_averaged_weights_start_at_the_first_and_then_move_slowly():
-    average, value = [torch.zeros(2)], [torch.ones(2)]
-    ema_update(average, value, torch.tensor(0), 0.99)
-    assert average[0].tolist() == pytest.approx([0.9, 0.9])  # 1 - 1 / 10
-    ema_update(average, [torch.zeros(2)], torch.tensor(10**6), 0.99)
-    assert average[0].tolist() == pytest.approx([0.9 * 0.99] * 2)
+    average, network = nn.Linear(1, 1), nn.Linear(1, 1)
+    for module, value in ((average, 0.0), (network, 1.0)):
+        module.requires_grad_(False)
+        module.weight.fill_(value)
+    ema_update(average, network, 0.99, 0)
+    assert average.weight.item() == pytest.approx(0.9)  # 1 - 1 / 10
+    network.weight.fill_(0)
+    ema_update(average, network, 0.99, 10**6)
+    assert average.weight.item() == pytest.approx(0.9 * 0.99)
 
 
 def test_gradient_reaches_every_weight_of_the_network_and_none_of_the_teacher(pipeline):
@@ -132,23 +133,21 @@ def test_psnr_of_each_image():
     assert found.tolist() == pytest.approx([20, 0, 100])
 
 
-def run_epoch(pipeline, loss, batches: list[Batch], state: State, scaler=None, rate: float = 1e-3) -> None:
-    """Steps on all batches; `loss` maps (pipeline, images) to Losses."""
+def run_of(pipeline, scaler=None) -> Run:
+    """A run that has not begun: its steps can be taken without a folder."""
     network = pipeline.restore.network
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate)
-    scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
+    training = {"gradient_clip_norm": 1.0, "epochs": 1, "ema_decay": None}
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
+    run = Run("train", None, CPU, {"training": training}, {}, network, optimizer, None, None)
+    run.scaler = scaler or run.scaler
+    return run
+
+
+def run_epoch(run: Run, pipeline, loss, batches: list[Batch]) -> None:
+    """Steps on all batches; `loss` maps (pipeline, images) to Losses."""
     for batch in batches:
-        done = step(
-            batch,
-            lambda images, indices: loss(pipeline, images),
-            network,
-            optimizer,
-            scaler,
-            CPU,
-            learning_rate=rate,
-            clip_norm=1.0,
-        )
-        state.count(done, 1.0)
+        images = batch.images.float() / 255
+        run.step(loss(pipeline, images) if len(images) else None, batch, 1e-3)
 
 
 def drawn_batches(count: int) -> list[Batch]:
@@ -167,12 +166,12 @@ def same(a: dict, b: dict) -> bool:
 
 def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline):
     network, teacher = weights_of(pipeline.restore.network), weights_of(pipeline.classifier)
-    state = State()
+    run = run_of(pipeline)
     pipeline.train()
-    run_epoch(pipeline, partial(loss_of, logits=1.0, features=1.0, maps=1.0), drawn_batches(3), state)
+    run_epoch(run, pipeline, partial(loss_of, logits=1.0, features=1.0, maps=1.0), drawn_batches(3))
     assert same(teacher, weights_of(pipeline.classifier))
     assert not same(network, weights_of(pipeline.restore.network))
-    assert (state.batch, state.images, state.skipped, state.seconds) == (3, 6, 0, 3.0)
+    assert (run.state.batch, run.state.images, run.state.skipped) == (3, 6, 0)
 
 
 def bad_loss(good_after: int):
@@ -183,23 +182,23 @@ def bad_loss(good_after: int):
         losses = loss_of(pipeline, images, pixels=1.0)
         calls.append(1)
         factor = math.nan if len(calls) <= good_after else 1.0
-        return Losses(losses.total * factor, {}, losses.psnr_db)
+        return Losses(losses.total * factor, losses.psnr_db)
 
     return loss
 
 
 def test_a_step_with_a_loss_that_is_not_finite_is_not_taken(pipeline):
-    before, state = weights_of(pipeline.restore.network), State()
-    run_epoch(pipeline, bad_loss(9), drawn_batches(9), state)
+    before, run = weights_of(pipeline.restore.network), run_of(pipeline)
+    run_epoch(run, pipeline, bad_loss(9), drawn_batches(9))
     assert same(before, weights_of(pipeline.restore.network))
-    assert (state.skipped, state.images) == (9, 0)
-    run_epoch(pipeline, bad_loss(0), drawn_batches(1), state)
-    assert not same(before, weights_of(pipeline.restore.network)) and state.bad_in_a_row == 0
+    assert (run.state.skipped, run.state.images) == (9, 0)
+    run_epoch(run, pipeline, bad_loss(0), drawn_batches(1))
+    assert not same(before, weights_of(pipeline.restore.network)) and run.state.bad_in_a_row == 0
 
 
 def test_ten_in_a_row_stop_the_run(pipeline):
     with pytest.raises(InputError, match="not finite 10 times in a row"):
-        run_epoch(pipeline, bad_loss(99), drawn_batches(12), State())
+        run_epoch(run_of(pipeline), pipeline, bad_loss(99), drawn_batches(12))
 
 
 def test_overflow_of_scaled_gradients(pipeline):
@@ -210,9 +209,11 @@ def test_overflow_of_scaled_gradients(pipeline):
         losses.total = losses.total * 1e10  # times 2 ** 106 it is far over float32's range
         return losses
 
-    before, state = weights_of(pipeline.restore.network), State()
+    before = weights_of(pipeline.restore.network)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**106)
-    run_epoch(pipeline, loss, drawn_batches(30), state, scaler=scaler)
+    run = run_of(pipeline, scaler)
+    run_epoch(run, pipeline, loss, drawn_batches(30))
+    state = run.state
     assert 10 < state.skipped < 30 and state.bad_in_a_row == 0 and state.images == 2 * (30 - state.skipped)
     assert not same(before, weights_of(pipeline.restore.network)) and 1 < scaler.get_scale() < 2.0**96
 
@@ -222,32 +223,20 @@ def test_overflow_of_scaled_gradients(pipeline):
         return losses
 
     with pytest.raises(InputError, match="not finite 10 times in a row"):
-        run_epoch(pipeline, always, drawn_batches(20), State(), scaler=torch.amp.GradScaler("cpu", init_scale=8.0))
+        run_epoch(run_of(pipeline, torch.amp.GradScaler("cpu", init_scale=8.0)), pipeline, always, drawn_batches(20))
 
 
 def test_an_unreadable_image_leaves_the_gradient_of_the_others(pipeline):
     """A batch of three with one that can't be read is the batch of two."""
     twin = copy.deepcopy(pipeline)
-    batch, loss, state = drawn_batches(1)[0], partial(loss_of, pixels=1.0), State()
-    run_epoch(pipeline, loss, [Batch(batch.images, batch.indices, [(7, "broken")])], state)
-    run_epoch(twin, loss, [batch], State())
+    batch, loss, run = drawn_batches(1)[0], partial(loss_of, pixels=1.0), run_of(pipeline)
+    run_epoch(run, pipeline, loss, [Batch(batch.images, batch.indices, [(7, "broken")])])
+    run_epoch(run_of(twin), twin, loss, [batch])
     assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network))
-    assert state.unreadable == {7: "broken"}
+    assert run.state.unreadable == {7: "broken"}
     nothing = Batch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.long), [(1, "x")])
-    run_epoch(pipeline, loss, [nothing], state)
-    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network)) and state.batch == 2
-
-
-def test_a_state_comes_back_whole():
-    state = State(epoch=2, batch=7, best=0.5, history=[{"epoch": 1}], unreadable={3: "broken"}, bad_in_a_row=4)
-    other = State()
-    other.load_state_dict(state.state_dict())
-    assert other == state
-    scores = {"val_loss": 0.25, "val_psnr_db": 20.0, "val_accuracy": None, "val_agreement": 1.0, "val_unreadable": 0}
-    row, improved = other.end_epoch(1e-4, scores)
-    assert improved and row["epoch"] == 3 and row["val_loss"] == 0.25
-    history, unreadable = [{"epoch": 1}, row], {3: "broken"}
-    assert other == State(epoch=3, best=0.25, history=history, unreadable=unreadable, bad_in_a_row=4)
+    run_epoch(run, pipeline, loss, [nothing])
+    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network)) and run.state.batch == 2
 
 
 def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
@@ -257,7 +246,7 @@ def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
         calls.append(1)
         return pipeline.restore(small, size)
 
-    def loss(images, indices):
+    def loss(images):
         small = pipeline.reduce(images)
         return distillation_loss(images, small, restore, [pipeline.classifier], {"pixels": 1.0}, with_logits=True)
 
@@ -277,21 +266,18 @@ def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
         validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
 
 
-@pytest.mark.parametrize(("count", "bad", "stops"), [(1000, 300, False), (1001, 1, False), (1001, 2, True)])
-def test_how_many_may_be_unreadable(count, bad, stops):
-    found = dict.fromkeys(range(bad), "broken")
+@pytest.mark.parametrize(
+    ("count", "bad", "stops"), [(1000, 300, False), (1001, 1, False), (1001, 2, True), (9, 9, True)]
+)
+def test_how_many_may_be_unreadable(pipeline, tmp_path, count, bad, stops):
+    run, images = run_of(pipeline), Listing(["all"] * count)
+    images.paths, run.folder = [f"{i}.png" for i in range(count)], tmp_path
+    run.state.unreadable = dict.fromkeys(range(bad), "broken")
     if stops:
         with pytest.raises(InputError, match=f"{bad} of {count} training images can't be read"):
-            refuse_unreadable(found, Listing(["all"] * count), Counter({"all": count}))
+            run.refuse_unreadable(images)
     else:
-        refuse_unreadable(found, Listing(["all"] * count), Counter({"all": count}))
-
-
-def test_a_class_left_empty_stops_the_run():
-    folders = ["a", "a", "b", "b"]
-    refuse_unreadable({0: "x", 2: "y"}, Listing(folders), Counter(folders))
-    with pytest.raises(InputError, match="no image of b can be read"):
-        refuse_unreadable({0: "x", 2: "y", 3: "z"}, Listing(folders), Counter(folders))
+        run.refuse_unreadable(images)
 
 
 def test_classes_of_the_experiment(experiment):

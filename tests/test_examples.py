@@ -200,7 +200,7 @@ def test_imagenette_without_network_or_with_a_wrong_archive(tmp_path, monkeypatc
 def test_degradations(trained, monkeypatch, capfd, start):
     """The plain row is what test.py finds; every other way makes other small images."""
     from examples import degradation
-    from experiment.parameters import run_script
+    from experiment.script import run_script
 
     monkeypatch.setattr("sys.argv", ["degradation.py", "--weights", "DarioNet.pt"])
     with pytest.raises(SystemExit) as stop:
@@ -250,7 +250,7 @@ def test_degradations_in_numbers():
 
 START_ALL = """
 import os, runpy, sys
-import matplotlib.figure, torch, torchmetrics, torchvision  # once for all of them
+import matplotlib.figure, torch, torchvision  # once for all of them
 for script in sys.argv[1:]:
     if not os.fork():
         sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from conftest import one_line, write_parameters
 
-from models.darionet import load_rrdbnet, note_of, row_name, trained_for
+from examples.export import check_parity
+from models.darionet import load_rrdbnet, row_name
 from models.errors import InputError
-from models.export import check_parity
 from models.rrdbnet import RRDBNet
 from models.scaler import Scaler
-from models.weights import save_file
+from models.weights import save_weights, trained_for
 
 NETWORK = """
 from torch import nn
@@ -28,31 +28,31 @@ def network():
 
 def test_safetensors(start, trained):
     pytest.importorskip("safetensors")
-    result = start("try_darionet", "--export", "out/DarioNet.safetensors")
+    result = start("examples/export", "out/DarioNet.safetensors")
     assert result.code == 0 and result.out.splitlines()[-1] == "out/DarioNet.safetensors", result
     assert "growth 32" in result.out
     path = "out/DarioNet.safetensors"
     states = [load_rrdbnet(p).state_dict() for p in ("DarioNet.pt", path)]
     assert all(tensor.equal(states[1][key]) for key, tensor in states[0].items())
-    note_of(path).unlink(missing_ok=True)
     assert row_name(path) == "DarioNet" and trained_for(path) == {"loss": {"logits": 1.0}}
-    one_line(start("try_darionet", "--export", path), path, "--overwrite")
-    assert start("try_darionet", "--export", path, "--weights", path, "--overwrite").code == 0
+    one_line(start("examples/export", path), path, "--overwrite")
+    assert start("examples/export", path, "--weights", path, "--overwrite").code == 0
     assert row_name(path) == "DarioNet"
 
 
 def test_spandrel_gives_the_same_image(start, trained):
     spandrel = pytest.importorskip("spandrel")
-    save_file(RRDBNet(8, 1, 32).state_dict(), "DarioNet.pt")
-    result = start("try_darionet", "--export", "DarioNet.safetensors")
+    save_weights(RRDBNet(8, 1, 32), "DarioNet.pt", {"scale": 0.32})
+    result = start("examples/export", "DarioNet.safetensors")
     assert result.code == 0 and "growth 32" not in result.out
-    model = spandrel.ModelLoader("cpu").load_from_file("DarioNet.safetensors")
-    assert model.architecture.name == "ESRGAN" and model.scale == 4
     small = torch.rand(1, 3, 11, 7)
-    with torch.no_grad():
-        expected = load_rrdbnet("DarioNet.pt")(small)
-        assert torch.allclose(model.model(small), expected, atol=1e-5)
-        assert torch.allclose(model(small), expected.clamp(0, 1), atol=1e-5)
+    for name in ("DarioNet.pt", "DarioNet.safetensors"):
+        model = spandrel.ModelLoader("cpu").load_from_file(name)
+        assert model.architecture.name == "ESRGAN" and model.scale == 4
+        with torch.no_grad():
+            expected = load_rrdbnet("DarioNet.pt")(small)
+            assert torch.allclose(model.model(small), expected, atol=1e-5)
+            assert torch.allclose(model(small), expected.clamp(0, 1), atol=1e-5)
 
 
 def test_a_text_of_another_project_is_no_note(tmp_path):
@@ -71,7 +71,7 @@ def test_onnx(start, trained):
     """The fast paths leave as plain operators of ONNX, for any size."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    result = start("try_darionet", "--export", "DarioNet.onnx")
+    result = start("examples/export", "DarioNet.onnx")
     assert result.code == 0 and result.out.count("differs from torch by") == 5, result
     small = torch.rand(2, 3, 5, 12)
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_onnx_of_the_whole_chain(start, trained):
     network = namespace["network"]().eval()
     torch.save(network.state_dict(), "network.pt")
     write_parameters(Path("parameters.json"), classifier=classifier)
-    result = start("try_darionet", "--export", "chain.onnx", "--with-classifier")
+    result = start("examples/export", "chain.onnx", "--with-classifier")
     assert result.code == 0 and result.out.count("differs from torch by") == 5, result
     small = torch.rand(2, 3, 20, 14)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -113,15 +113,14 @@ def test_onnx_of_the_whole_chain(start, trained):
 
 
 def test_what_cannot_be_exported(start, trained):
-    one_line(start("try_darionet", "--export", "a.pt"), "a.pt: --export writes .onnx")
-    one_line(start("try_darionet", "--export", "a.safetensors", "--with-classifier"), "without a classifier")
-    one_line(start("try_darionet", "--export", "a.onnx", "--weights", "absent.pt"), "absent.pt: no such weights")
-    for arguments in ([], ["a.png", "--export", "a.onnx"], ["a.png", "--with-classifier"]):
-        assert start("try_darionet", *arguments).code == 2
+    one_line(start("examples/export", "a.pt"), "a.pt: .onnx or .safetensors are written")
+    one_line(start("examples/export", "a.safetensors", "--with-classifier"), "without a classifier")
+    one_line(start("examples/export", "a.onnx", "--weights", "absent.pt"), "absent.pt: no such weights")
+    assert start("examples/export").code == 2
     assert not Path("a.onnx").exists()
 
 
 def test_without_the_packages(start, trained, monkeypatch):
     for package, file in (("onnxscript", "a.onnx"), ("safetensors.torch", "a.safetensors")):
         monkeypatch.setitem(sys.modules, package, None)
-        one_line(start("try_darionet", "--export", file), file, f"pip install {package[:4]}")
+        one_line(start("examples/export", file), file, f"pip install {package[:4]}")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from benchmarks.correctness import (
     BOUNDS,
@@ -15,7 +14,6 @@ from benchmarks.correctness import (
     SEEDS,
     STEP_BOUND,
     Operators,
-    classifier_checks,
     drawn_images,
     error,
     frozen,
@@ -28,7 +26,7 @@ from benchmarks.correctness import (
 )
 from benchmarks.throughput import saved_bytes
 from experiment.runtime import cpu_has_bf16
-from models.fast import FusedConvolution, has_fused
+from models.fast import convolve, has_fused
 from models.pipeline import Pipeline
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a bug of kernels for GPUs")
@@ -56,6 +54,20 @@ def test_generator_and_all_its_gradients(size, dtype, recompute):
     outputs, gradients = zip(*(generator_errors(size, dtype, "cpu", recompute, seed) for seed in SEEDS), strict=True)
     assert max(outputs) < BOUNDS[dtype]
     assert (max if dtype == torch.float64 else min)(gradients) < BOUNDS[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_convolution_with_what_follows_it(dtype):
+    x, weight, bias, added = (torch.randn(shape).to(dtype) for shape in ((2, 5, 7, 6), (4, 5, 3, 3), 4, (2, 4, 7, 6)))
+    expected = F.conv2d(*(tensor.double() for tensor in (x, weight, bias)), padding=1)
+    bound = BOUNDS.get(dtype, 0.01)
+    assert error(convolve(x, weight, bias, slope=0.2), F.leaky_relu(expected, 0.2)) < bound
+    assert error(convolve(x, weight, bias, added=added), expected + added.double()) < bound
+    if has_fused("cpu", dtype):
+        with Operators() as seen:
+            convolve(x, weight, bias, slope=0.2)
+            convolve(x, weight, bias, added=added)
+        assert {"mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise.binary"} <= seen.names
 
 
 def test_a_float32_residual_under_autocast_takes_the_definition():
@@ -96,105 +108,6 @@ def test_a_dense_block_keeps_what_it_produces_and_no_concatenation():
     assert plain > 2.5 * kept
 
 
-# The classifier
-
-
-@pytest.mark.parametrize("architecture", ["resnet50", "squeezenet1_1", "densenet121", "mobilenet_v3_small"])
-def test_folded_classifier_and_the_gradient_of_its_images(architecture):
-    checks = classifier_checks(architecture)
-    assert len(checks) == 6 * len(SEEDS)
-    assert [check for check in checks if not check[1] < check[2]] == []
-
-
-def forgotten_scale(conv, norm):
-    """Folds the shift of a BatchNorm and forgets its scale."""
-    folded = fuse_conv_bn_eval(conv, norm)
-    folded.weight.data.copy_(conv.weight)
-    return folded
-
-
-def wrong_padding(conv, norm):
-    """Loses a row where the convolution pads: the border repeats the image in place of zeros."""
-    folded = fuse_conv_bn_eval(conv, norm)
-    folded.padding_mode = "replicate" if max(conv.kernel_size) > 1 else "zeros"
-    if folded.padding_mode == "replicate":
-        folded._reversed_padding_repeated_twice = [p for p in reversed(conv.padding) for _ in range(2)]
-    return folded
-
-
-@pytest.mark.parametrize("fault", [forgotten_scale, wrong_padding])
-def test_a_fault_of_folding_fails_every_check_on_every_seed(monkeypatch, fault):
-    monkeypatch.setattr("models.fast.fuse_conv_bn_eval", fault)
-    checks = classifier_checks("resnet18")
-    assert all(found > 100 * bound for _, found, bound in checks), checks
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_fused_convolution_where_no_value_lies_at_the_kink(dtype, residual):
-    generator = torch.Generator().manual_seed(0)
-    conv = nn.Conv2d(6, 8, 3, stride=2, padding=1, dtype=dtype).requires_grad_(False)
-    x = torch.randn(2, 6, 11, 9, generator=generator, dtype=dtype).requires_grad_()
-    added = torch.randn(2, 8, 6, 5, generator=generator, dtype=dtype).requires_grad_() if residual else None
-    before = conv(x) + (added if residual else 0)
-    weights = torch.randn(before.shape, generator=generator, dtype=dtype) * (before.detach().abs() > 1e-3)
-    assert (weights != 0).float().mean() > 0.9
-    inputs = [x, added] if residual else [x]
-    expected, found = before.relu(), FusedConvolution(conv, relu=True)(x, added)
-    assert error(found, expected) < BOUNDS[dtype]
-    pairs = zip(
-        torch.autograd.grad(found, inputs, weights), torch.autograd.grad(expected, inputs, weights), strict=True
-    )
-    assert all(error(a, b) < BOUNDS[dtype] for a, b in pairs)
-
-
-def test_resnet_has_no_batchnorm_left_and_every_convolution_its_activation(pipeline):
-    classifier = copy.deepcopy(pipeline.classifier)
-    classifier.fold(torch.float32)
-    folded = classifier.folded[torch.float32]
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    if has_fused("cpu", torch.float32):
-        assert sum(isinstance(module, FusedConvolution) for module in folded.modules()) == 20
-        assert not any(node.op == "call_function" and "add" in str(node.target) for node in folded.graph.nodes)
-
-
-def test_the_folded_copy_is_no_part_of_the_classifier(pipeline, images):
-    classifier = copy.deepcopy(pipeline.classifier)
-    before = {key: value.clone() for key, value in classifier.state_dict().items()}
-    with torch.autocast("cpu", torch.bfloat16):
-        low = classifier(images).float()
-        logits, features, _ = classifier.look(images)
-    assert classifier.folded[torch.bfloat16] is not None
-    assert logits.float().equal(low)
-    head = classifier.folded[torch.bfloat16].get_submodule("fc")
-    assert error(F.linear(features.float(), head.weight.float(), head.bias.float()), low) < 0.01
-    assert error(low, classifier(images)) < 0.03
-    assert classifier.state_dict().keys() == before.keys()
-    assert all(value.equal(before[key]) for key, value in classifier.state_dict().items())
-    assert not classifier.double().folded and classifier(images.double()).dtype == torch.float64
-
-
-def test_float32_takes_the_network_itself(pipeline, images):
-    network, classifier = pipeline.classifier.network, pipeline.classifier
-    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
-
-
-def test_what_fx_cannot_follow_stays_plain(pipeline, images):
-    class Branching(nn.Module):
-        def __init__(self, network):
-            super().__init__()
-            self.network = network
-
-        def forward(self, x):
-            return self.network(x) if x.sum() > 0 else self.network(-x)
-
-    classifier = copy.deepcopy(pipeline.classifier)
-    classifier.network = Branching(classifier.network)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert classifier.network_in_use() is classifier.network
-        assert classifier(images).shape == (2, 20)
-
-
 # The step
 
 
@@ -215,7 +128,7 @@ def test_step_in_bf16_is_no_further_from_float32_than_the_plain_one(pipeline, im
 
 def test_compiled_step_is_the_eager_one(pipeline, images):
     """The graph that torch.compile gets, run without its code generator: what it captures has to be complete."""
-    pipeline.classifier.require(48, "side")  # finds the layers of the maps
+    pipeline.classifier.check(48, "side")  # finds the layers of the maps
     loss = partial(loss_of, logits=1, pixels=1, features=1, maps=1)
     parameters = list(pipeline.restore.network.parameters())
     expected = torch.autograd.grad(loss(pipeline, images).total, parameters)

@@ -13,8 +13,8 @@ from conftest import draw, one_line
 from PIL import Image
 
 from experiment import evaluation
-from experiment.data import Batch, ImageTree, Loader, Whole, batches_of_one_size
-from experiment.evaluation import LONGEST_NAME, saved_as
+from experiment.data import Batch, ImageTree, Whole, batches, batches_of_one_size
+from experiment.evaluation import LONGEST_NAME, output_name
 from models.darionet import load_rrdbnet
 from models.pipeline import Upscale
 from models.scaler import Scaler
@@ -72,7 +72,7 @@ def test_a_part_of_a_folder_comes_as_one_batch_a_size(tmp_path, workers):
     dataset = ImageTree(str(tmp_path), Whole(20))
     parts = [list(range(4)), list(range(4, len(dataset)))]
     seen, refused = {}, {}
-    for batch in Loader(dataset, parts, workers, False):
+    for batch in batches(dataset, parts, workers):
         refused |= {dataset.paths[i]: reason for i, reason in batch.unreadable}
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             seen[dataset.paths[index]] = image
@@ -115,13 +115,13 @@ NAMES = [
 
 def test_every_name_has_its_own_file(start, trained):
     """Names that are no text, lines, dashes, 255 bytes, and names that differ in their endings alone."""
-    assert [saved_as(name) for name in NAMES[:4]] == ["a.jpg.png", "a.png", "a.jpg.png.png", "A.PNG"]
+    assert [output_name(name) for name in NAMES[:4]] == ["a.jpg.png", "a.png", "a.jpg.png.png", "A.PNG"]
     expected = {}
     for i, name in enumerate(NAMES):
         path = Path("icons", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         draw("discs", i, 10).save(path, "PNG")  # read by content
-        expected[Path("out", saved_as(name))] = rebuilt(path, (32, 32))
+        expected[Path("out", output_name(name))] = rebuilt(path, (32, 32))
     result = start("try_darionet", "--small", "icons", "--save", "out")
     assert result.code == 0, result.err
     assert {path for path in Path("out").rglob("*") if path.is_file()} == set(expected) and len(expected) == len(NAMES)
@@ -187,7 +187,7 @@ def test_one_image_is_saved(start, trained):
     draw("checks", 5, 90).save("photograph.jpg")
     assert start("try_darionet", "--small", "icon.png", "--save", "out").code == 0
     assert abs(pixels(Path("out/icon.png")) - rebuilt(Path("icon.png"), (32, 32))).max() <= 1
-    one_line(start("try_darionet", "--small", "icon.png", "--save", "out"), "out/icon.png: is there already")
+    one_line(start("try_darionet", "--small", "icon.png", "--save", "out"), "out/icon.png: already exists")
     assert start("try_darionet", "--small", "icon.png", "--save", "out", "--overwrite").code == 0
 
     result = start("try_darionet", "photograph.jpg", "--save", "out")
@@ -206,7 +206,7 @@ def test_one_image_is_saved(start, trained):
     [
         ("icons", "icons", "icons: has to lie outside icons"),
         ("icons", "icons/out", "icons/out: has to lie outside icons"),
-        ("icons", "a file", "a file/8.png: can't be written"),
+        ("icons", "a file", ": can't be written"),
         ("icons", "taken", "taken/b/1.png: can't be written"),
         ("icons/0.png", "icons", "icons/0.png: the image itself"),
         ("icons", "linked", "linked/0.png: the image itself"),
@@ -235,5 +235,5 @@ def test_a_file_that_came_to_be_meanwhile_is_kept(start, trained, monkeypatch):
         return found
 
     monkeypatch.setattr(evaluation, "to_rebuild", and_then)
-    one_line(start("try_darionet", "--small", "icons", "--save", "out"), "out/8.png: another run writes there")
+    one_line(start("try_darionet", "--small", "icons", "--save", "out"), "out/8.png: exists since this run started")
     assert Path("out/8.png").read_text() == "mine"

@@ -2,6 +2,7 @@ import io
 import json
 import math
 import sys
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torchvision.models import ResNet50_Weights, get_model
 import models.scaler
 from benchmarks.correctness import drawn_images
 from experiment.runtime import start_runtime
-from models.classifier import LABELS_FILE, FrozenClassifier, head_of, open_classifier, quick, save_classifier
+from models.classifier import LABELS_FILE, FrozenClassifier, default_weights, open_classifier, save_classifier
 from models.darionet import DarioNet
 from models.errors import InputError
 from models.images import to_image, to_tensor
@@ -168,15 +169,6 @@ def test_features_are_what_the_last_layer_reads(classifier):
     torch.testing.assert_close(classifier.network.fc(features), logits)
 
 
-@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "vit_b_16"])
-def test_head_size_is_read_from_any_architecture(architecture, tmp_path):
-    network = get_model(architecture, weights=None, num_classes=7)
-    save_classifier(network.state_dict(), list("abcdefg"), tmp_path / "c.pt")
-    frozen = open_classifier(architecture, str(tmp_path / "c.pt"))
-    side = 224 if architecture == "vit_b_16" else 64
-    assert frozen(torch.rand(1, 3, side, side)).shape == (1, 7)
-
-
 def test_imagenet_labels():
     labels = json.loads(LABELS_FILE.read_text())
     assert list(labels) == [str(i) for i in range(1000)]
@@ -186,139 +178,14 @@ def test_imagenet_labels():
     assert labels["207"] == ["n02099601", "golden retriever"]
 
 
-def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monkeypatch):
-    """The real loading code, on a file made here in the place of the download; its hash is not the published one."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    network = get_model("squeezenet1_1", weights=None)
-    torch.save(network.state_dict(), tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
-    with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth: not the file published under this name"):
-        open_classifier("squeezenet1_1", "IMAGENET1K_V1")
-    monkeypatch.setattr("models.weights.sha256_of", lambda path: "b8a52dc0" + 56 * "0")
-    frozen = open_classifier("squeezenet1_1", "IMAGENET1K_V1")
-    assert frozen.class_names[207] == "n02099601" and frozen.labels[207] == "golden retriever"
-    assert frozen.network.features[0].weight.equal(network.features[0].weight)
-
-
-def test_without_network_it_says_which_file_to_put_where(tmp_path, monkeypatch):
-    from urllib.error import URLError
-
-    def no_network(*arguments, **options):
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    monkeypatch.setattr("torch.hub.urlopen", no_network)
-    with pytest.raises(InputError, match=r"put the file resnet50-0676ba61\.pth into .*checkpoints"):
-        open_classifier("resnet50", "IMAGENET1K_V1")
-
-
-@pytest.mark.parametrize(
-    ("architecture", "weights", "message"),
-    [
-        ("resnet51", "IMAGENET1K_V1", "no classifier named 'resnet51'"),
-        ("resnet50", "IMAGENET1K_V3", "IMAGENET1K_V1, IMAGENET1K_V2"),
-        ("resnet50", "absent.pt", "absent.pt: no such weights file"),
-    ],
-)
-def test_what_torchvision_does_not_know(architecture, weights, message):
-    with pytest.raises(InputError, match=message):
-        open_classifier(architecture, weights)
-
-
-def test_weights_of_another_architecture(tmp_path):
-    path = tmp_path / "c.pt"
-    save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b"], path)
-    with pytest.raises(InputError, match=r"layer1.0.conv1.weight is \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"):
-        open_classifier("resnet50", str(path))
-    with pytest.raises(InputError, match=r"heads\.head\.weight is missing"):
-        open_classifier("vit_b_16", str(path))
-
-
-@pytest.mark.parametrize("values", ["text", 0.5, (0.5, 0.5), (0.5, 0.5, 0.0), (0.5, 0.5, float("nan"))])
-def test_a_normalisation_that_is_none(tmp_path, values):
-    state = get_model("resnet18", weights=None, num_classes=2).state_dict()
-    torch.save({"state_dict": state, "class_names": ["a", "b"], "std": values}, tmp_path / "c.pt")
-    with pytest.raises(InputError, match="mean and std have to be three numbers"):
-        open_classifier("resnet18", str(tmp_path / "c.pt"))
-
-
-# Any classifier
-
-
 class OwnNetwork(nn.Module):
-    """A network that neither torchvision nor timm defines."""
+    """A network that neither torchvision nor timm defines, or with `how` one of the ways not to be a classifier."""
 
-    def __init__(self, classes: int = 3, dropout: float = 0.0):
+    def __init__(self, how: str = ""):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.ReLU())
         self.body = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU())
-        self.head = nn.Linear(8, classes)
-        self.dropout = dropout
-
-    def forward(self, x):
-        x = self.body(self.stem(x)).mean((2, 3))
-        return self.head(F.dropout(x, self.dropout))  # always on: F.dropout's default is training
-
-
-def test_any_network_is_a_classifier():
-    network = OwnNetwork()
-    classifier = FrozenClassifier(network, ["cat", "dog", "fox"], (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    images = torch.rand(2, 3, 32, 32)
-    assert classifier(images).equal(network((images - 0.5) / 0.25))
-    classifier.require(32, "key")
-    assert classifier.head == "head" and classifier.maps == ("stem", "body")
-    named = FrozenClassifier(network, ["cat", "dog", "fox"], head="head", maps=["stem.0"])
-    assert [tuple(m.shape) for m in named.look(images).maps] == [(2, 8, 16, 16)]
-    with pytest.raises(InputError, match="no layer 'tail'"):
-        FrozenClassifier(network, ["cat", "dog", "fox"], maps=["tail"])
-
-
-@pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "googlenet", "mobilenet_v2", "vgg11", "swin_t"])
-def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
-    network = get_model(architecture, weights=None, num_classes=4, **quick(architecture)).eval()
-    classifier = FrozenClassifier(network, list("abcd"))
-    classifier.require(64, "key")
-    images = torch.rand(1, 3, 64, 64)
-    plain = classifier.look(images)
-    assert len(plain.maps) >= 3
-    assert len({m.shape[-1] if m.shape[-1] == m.shape[-2] else m.shape[1] for m in plain.maps}) == len(plain.maps)
-    assert plain.logits.equal(classifier(images)) and not classifier.seen
-    with torch.autocast("cpu", torch.bfloat16):
-        low = classifier.look(images)
-    assert all(m.dtype == torch.float32 for m in low.maps)
-    for found, expected in zip(low.maps, plain.maps, strict=True):
-        assert found.shape == expected.shape and (found - expected).norm() < 0.1 * expected.norm()
-
-
-def test_the_maps_of_known_networks():
-    wanted = {
-        "resnet18": ("relu", "layer1", "layer2", "layer3"),
-        "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13"),
-    }
-    for architecture, layers in wanted.items():
-        classifier = FrozenClassifier(get_model(architecture, weights=None, num_classes=2).eval(), ["a", "b"])
-        classifier.require(64, "key")
-        assert classifier.maps == layers
-
-
-def test_folding_leaves_alone_what_a_hook_or_a_class_of_ones_own_changes():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(2))
-    network[0].register_forward_pre_hook(lambda _, inputs: (F.pad(inputs[0], (0, 1, 0, 1)),))
-    network(torch.rand(1, 3, 16, 16))
-    classifier = FrozenClassifier(network.eval(), ["a", "b"])
-    images = torch.rand(2, 3, 16, 16)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = classifier(images).float()
-    assert classifier.folded[torch.bfloat16] is not None
-    assert (low - classifier(images)).norm() < 0.05 * classifier(images).norm()
-
-
-class Broken(OwnNetwork):
-    """One of the ways not to be a classifier."""
-
-    def __init__(self, how: str):
-        super().__init__(dropout=0.5 if how == "chance" else 0.0)
+        self.head = nn.Linear(8, 3)
         self.how = how
         self.register_buffer("calls", torch.zeros(()))
         self.norm = nn.BatchNorm2d(3, track_running_stats=False)
@@ -328,8 +195,25 @@ class Broken(OwnNetwork):
             raise RuntimeError("made for 24")
         if self.how == "counts":
             self.calls += 1
-        scores = super().forward(self.norm(x) if self.how == "batch" else x)
+        x = self.body(self.stem(self.norm(x) if self.how == "batch" else x)).mean((2, 3))
+        scores = self.head(F.dropout(x) if self.how == "chance" else x)  # F.dropout's default is training
         return {"tuple": (scores, scores), "map": scores[:, :, None]}.get(self.how, scores)
+
+
+def test_any_network_is_a_classifier():
+    network = OwnNetwork()
+    classifier = FrozenClassifier(network, ["cat", "dog", "fox"], (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images = torch.rand(2, 3, 32, 32)
+    assert classifier(images).equal(network((images - 0.5) / 0.25))
+    classifier.check(32, "key")
+    assert classifier.head == "head" and classifier.maps == ("stem", "body")
+    named = FrozenClassifier(network, ["cat", "dog", "fox"], head="head", maps=["stem.0"])
+    assert [tuple(m.shape) for m in named.look(images).maps] == [(2, 8, 16, 16)]
+    for options in ({"maps": ["tail"]}, {"head": "tail"}):
+        with pytest.raises(InputError, match="no layer 'tail'"):
+            FrozenClassifier(network, ["cat", "dog", "fox"], **options)
+    with pytest.raises(InputError, match="no linear layer"):
+        FrozenClassifier(nn.ReLU(), ["cat", "dog"])
 
 
 @pytest.mark.parametrize(
@@ -346,7 +230,7 @@ class Broken(OwnNetwork):
 def test_what_is_no_fixed_function_to_scores_is_refused(how, message):
     torch.manual_seed(0)
     with pytest.raises(InputError, match=message):
-        FrozenClassifier(Broken(how), list("abc"), head="head").require(32, "transformations.val_crop_size")
+        FrozenClassifier(OwnNetwork(how), list("abc"), head="head").check(32, "transformations.val_crop_size")
 
 
 @pytest.mark.parametrize(
@@ -354,12 +238,16 @@ def test_what_is_no_fixed_function_to_scores_is_refused(how, message):
     [
         ({"class_names": ["dog"]}, "gives one score"),
         ({"class_names": ["a", "a", "b"]}, "'a' stands twice"),
-        ({"class_names": "abc"}, "expected a list of names"),
-        ({"class_names": {"fox": 2, "cat": 0, "dog": 7}}, "number its classes 0, 1, 2"),
-        ({"class_names": ["a", "b"]}, "lists 2 classes, and the last layer, head, gives 3 scores"),
+        ({"class_names": "abc"}, "expected a list of texts"),
+        ({"class_names": {"fox": 2, "cat": 0, "dog": 7}}, "numbers 0, 1"),
+        ({"class_names": ["a", "b"]}, "lists 2 classes .* the last layer, head, gives 3 scores"),
         ({"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "divide both by 255"),
         ({"std": (58.395, 57.12, 57.375)}, "divide both by 255"),
         ({"mean": (0.5, 0.5)}, "three numbers"),
+        ({"std": "text"}, "three numbers"),
+        ({"std": 0.5}, "three numbers"),
+        ({"std": (0.5, 0.5, 0.0)}, "three numbers"),
+        ({"std": (0.5, 0.5, math.nan)}, "three numbers"),
     ],
 )
 def test_what_would_be_wrong_in_silence_is_refused(options, message):
@@ -372,26 +260,159 @@ def test_class_names_by_index():
         assert FrozenClassifier(OwnNetwork(), names).class_names == ["cat", "dog", "fox"]
 
 
-@pytest.mark.parametrize("noted", [True, False])
-def test_what_a_state_dict_does_not_say(noted, tmp_path, capsys):
-    """GoogLeNet's own normalisation of its input: noted with the network, said where it is unknown."""
-    network = get_model("googlenet", weights=None, num_classes=3, aux_logits=False, init_weights=False).eval()
-    network.transform_input = True
-    save_classifier(network if noted else network.state_dict(), list("abc"), tmp_path / "c.pt")
-    classifier = open_classifier("googlenet", str(tmp_path / "c.pt"))
+# Maps
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "mobilenet_v2", "vgg11", "swin_t"])
+def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
+    classifier = FrozenClassifier(get_model(architecture, weights=None, num_classes=4), list("abcd"))
+    classifier.check(64, "key")
     images = torch.rand(1, 3, 64, 64)
-    expected = network((images - classifier.mean) / classifier.std)
-    assert classifier(images).equal(expected) == noted
-    assert ("does not say whether its googlenet transforms its input" in capsys.readouterr().out) != noted
+    plain = classifier.look(images)
+    assert len(plain.maps) >= 3
+    assert len({m.shape[-1] if m.shape[-1] == m.shape[-2] else m.shape[1] for m in plain.maps}) == len(plain.maps)
+    assert plain.logits.equal(classifier(images)) and not classifier.seen
+    with torch.autocast("cpu", torch.bfloat16):
+        low = classifier.look(images)
+    assert all(m.dtype == torch.float32 for m in low.maps)
+    for found, expected in zip(low.maps, plain.maps, strict=True):
+        assert found.shape == expected.shape and (found - expected).norm() < 0.1 * expected.norm()
+    wanted = {
+        "resnet18": ("relu", "layer1", "layer2", "layer3"),
+        "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13"),
+    }
+    assert classifier.maps == wanted.get(architecture, classifier.maps)
+
+
+class Attentive(nn.Module):
+    """Two convolutions, then attention among the 16 pixels of a map: its 16 x 16 matrix is no map of stride 4."""
+
+    def __init__(self, fixed: bool):
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 4, 4)
+        self.attention, self.head, self.fixed = nn.Softmax(-1), nn.Linear(4, 2), fixed
+
+    def forward(self, x):
+        tokens = self.patches(self.stem(x)).flatten(2).transpose(1, 2)
+        if self.fixed and tokens.shape[1] != 16:
+            raise RuntimeError("made for 64 pixels")
+        weights = self.attention((tokens @ tokens.transpose(1, 2))[:, None])
+        return self.head((weights[:, 0] @ tokens).mean(1))
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_matrix_of_attention_is_no_map(fixed):
+    classifier = FrozenClassifier(Attentive(fixed), ["a", "b"])
+    classifier.check(64, "key")
+    assert classifier.maps == ("stem", "patches")
+
+
+def test_the_maps_of_visformer_are_maps():
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    classifier = FrozenClassifier(timm.create_model("visformer_tiny", num_classes=2), ["a", "b"])
+    classifier.check(224, "key")
+    assert all("attn" not in name for name in classifier.maps) and len(classifier.maps) > 1
+
+
+# Where classifiers come from
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "vit_b_16"])
+def test_head_size_is_read_from_any_architecture(architecture, tmp_path):
+    network = get_model(architecture, weights=None, num_classes=7)
+    save_classifier(network.state_dict(), list("abcdefg"), tmp_path / "c.pt")
+    frozen = open_classifier(architecture, str(tmp_path / "c.pt"))
+    side = 224 if architecture == "vit_b_16" else 64
+    assert frozen(torch.rand(1, 3, side, side)).shape == (1, 7)
+
+
+def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monkeypatch):
+    """The real loading code, on a file made here in the place of the download; its hash is not the published one."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    network = get_model("squeezenet1_1", weights=None)
+    torch.save(network.state_dict(), tmp_path / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth")
+    with pytest.raises(InputError, match=r"squeezenet1_1-b8a52dc0\.pth: not the file published under this name"):
+        open_classifier("squeezenet1_1")
+    monkeypatch.setattr("models.weights.sha256_of", lambda path: "b8a52dc0" + 56 * "0")
+    frozen = open_classifier("squeezenet1_1")
+    assert frozen.class_names[207] == "n02099601" and frozen.labels[207] == "golden retriever"
+    assert frozen.network.features[0].weight.equal(network.features[0].weight)
+
+
+def test_without_network_it_says_which_file_to_put_where(tmp_path, monkeypatch):
+    def no_network(*arguments, **options):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    with pytest.raises(InputError, match=r"put the file resnet50-0676ba61\.pth into .*checkpoints"):
+        open_classifier("resnet50")
+
+
+def test_the_weights_of_a_torchvision_name():
+    assert default_weights("resnet50") == "IMAGENET1K_V1"
+    assert default_weights("vit_h_14") == "IMAGENET1K_SWAG_E2E_V1"  # it has no IMAGENET1K_V1
+
+
+@pytest.mark.parametrize(
+    ("architecture", "weights", "message"),
+    [
+        ("resnet51", "IMAGENET1K_V1", "no classifier named 'resnet51'"),
+        ("resnet50", "IMAGENET1K_V3", '\'IMAGENET1K_V3\' is no file; .*"IMAGENET1K_V1", "IMAGENET1K_V2"'),
+        ("resnet50", None, "None is no file"),
+        ("resnet50", "absent.pt", "absent.pt: no such weights file"),
+        ("absent.py:network", None, "FileNotFoundError.*absent.py"),
+    ],
+)
+def test_names_that_nobody_knows(architecture, weights, message):
+    with pytest.raises(InputError, match=message):
+        open_classifier(architecture, weights)
+
+
+def test_weights_of_another_architecture(tmp_path):
+    path = tmp_path / "c.pt"
+    save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b"], path)
+    with pytest.raises(InputError, match=r"layer1.0.conv1.weight is \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"):
+        open_classifier("resnet50", str(path))
+    with pytest.raises(InputError, match=r"heads\.head\.weight is missing; are these weights of a vit_b_16"):
+        open_classifier("vit_b_16", str(path))
+    with pytest.raises(InputError, match=r"transform_input.*FILE\.py:FUNCTION"):
+        open_classifier("inception_v3", str(path))
+    save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b", "c"], path)
+    with pytest.raises(InputError, match=r"c\.pt: class_names lists 3 .* fc, gives 2 scores"):
+        open_classifier("resnet18", str(path))
+    torch.save(get_model("resnet18", weights=None, num_classes=2).state_dict(), path)
+    with pytest.raises(InputError, match=r"fc, gives 2 scores: .*save_classifier"):
+        open_classifier("resnet18", str(path))
+
+
+def test_what_a_state_dict_does_not_say(tmp_path):
+    """A ViT of another image size."""
+    network = get_model("vit_b_32", weights=None, num_classes=2, image_size=64)
+    save_classifier(network, ["a", "b"], tmp_path / "c.pt")
+    with pytest.raises(InputError, match=r"pos_embedding is \[1, 5, 768\], expected \[1, 50, 768\].*FILE\.py:FUNCTION"):
+        open_classifier("vit_b_32", str(tmp_path / "c.pt"))
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from torchvision.models import vit_b_32\ndef small():\n    return vit_b_32(num_classes=2, image_size=64)\n"
+    )
+    images = torch.rand(1, 3, 64, 64)
+    found = open_classifier(f"{file}:small", str(tmp_path / "c.pt"))
+    assert found(images).equal(network.eval()((images - found.mean) / found.std))
 
 
 def test_a_network_of_ones_own_from_a_file(tmp_path):
-    """The README's recipe: FILE.py:FUNCTION, with its weights inside or in a file beside it."""
+    """The README's recipe: FILE.py:FUNCTION, with its weights inside or in a file beside it.
+
+    A buffer that is called mean is no normalisation of the file's.
+    """
     file = tmp_path / "mine.py"
     file.write_text(
         "import torch\nCLASS_NAMES = ['cat', 'dog', 'fox']\nMEAN = STD = (0.5, 0.5, 0.5)\n"
-        "def network():\n    return torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
-        "torch.nn.Linear(3, 3))\ndef number():\n    return 3\ndef broken():\n    raise ValueError('no such model')\n"
+        "def network():\n    own = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
+        "torch.nn.Linear(3, 3))\n    own.register_buffer('mean', torch.zeros(3))\n    return own\n"
+        "def number():\n    return 3\ndef broken():\n    raise ValueError('no such model')\n"
     )
     own = open_classifier(f"{file}:network", None)
     assert own.class_names == ["cat", "dog", "fox"] and own.mean.flatten().tolist() == [0.5] * 3
@@ -401,15 +422,16 @@ def test_a_network_of_ones_own_from_a_file(tmp_path):
     other = open_classifier(f"{file}:network", str(tmp_path / "w.pt"))
     expected = F.linear(images.mean((2, 3)) * 2 - 1, state["2.weight"], state["2.bias"])
     torch.testing.assert_close(other(images), expected)
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    with pytest.raises(InputError, match="no state dict"):
+        open_classifier(f"{file}:network", str(tmp_path / "tensor.pt"))
     for function, message in (
         ("number", "returned a int"),
         ("broken", "ValueError: no such"),
-        ("absent", "no function"),
+        ("absent", "no attribute 'absent'"),
     ):
         with pytest.raises(InputError, match=message):
             open_classifier(f"{file}:{function}", None)
-    with pytest.raises(InputError, match="no such file"):
-        open_classifier(f"{tmp_path}/absent.py:network", None)
 
 
 def test_timm_by_name(tmp_path):
@@ -422,8 +444,19 @@ def test_timm_by_name(tmp_path):
     torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tmp_path / "lite.pt")
     lite = open_classifier("timm/tf_efficientnet_lite0", str(tmp_path / "lite.pt"))
     assert lite.mean.flatten().tolist() == [0.5] * 3 and len(lite.class_names) == 1000
-    with pytest.raises(InputError, match="no model named 'resnet0'"):
-        open_classifier("timm/resnet0", str(tmp_path / "c.pt"))
+    with pytest.raises(InputError, match=r"Unknown model \(resnet0\)"):
+        open_classifier("timm/resnet0", "pretrained")
+
+
+def test_timm_networks_with_several_heads(tmp_path):
+    """The number of classes is that of the first head that the weights hold."""
+    timm = pytest.importorskip("timm", reason="timm is optional")
+    name = "deit_tiny_distilled_patch16_224"
+    network = timm.create_model(name, num_classes=2).eval()
+    save_classifier(network, ["a", "b"], tmp_path / "c.pt")
+    classifier = open_classifier(f"timm/{name}", str(tmp_path / "c.pt"))
+    images = torch.rand(1, 3, 224, 224)
+    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
 
 
 def test_without_timm_it_says_what_to_install(monkeypatch):
@@ -441,11 +474,6 @@ def test_efficientnet_lite0_is_timms():
     for side in (64, 75):
         images = torch.rand(2, 3, side, side)
         assert (ours(images) - theirs(images * 2 - 1)).abs().max() < 1e-4
-
-
-def test_head_of_a_network_without_one():
-    with pytest.raises(InputError, match="no linear layer"):
-        head_of(nn.Sequential(nn.ReLU()))
 
 
 # Pipeline
@@ -501,29 +529,6 @@ def test_jpeg_loses_a_little():
     better, worse = (Jpeg(Reduction(), quality)(images) for quality in (95, 20))
     assert better.shape == small.shape and worse.min() >= 0 and worse.max() <= 1
     assert 0 < (better - small).abs().mean() < (worse - small).abs().mean() < 0.1
-
-
-def test_weights_with_buffers_of_their_own_say_nothing_else(tmp_path):
-    """A network that normalises inside has buffers called mean and std: no normalisation of the file's."""
-    (tmp_path / "own.py").write_text(
-        "import torch\n"
-        "class Own(torch.nn.Module):\n"
-        "    def __init__(self):\n"
-        "        super().__init__()\n"
-        "        self.register_buffer('mean', torch.full((3,), 0.25))\n"
-        "        self.head = torch.nn.Linear(3, 2)\n"
-        "    def forward(self, x):\n"
-        "        return self.head(x.mean((2, 3)) - self.mean)\n"
-        "CLASS_NAMES = ['a', 'b']\n"
-        "MEAN, STD = (0, 0, 0), (1, 1, 1)\n"
-        "network = Own\n"
-    )
-    architecture = f"{tmp_path / 'own.py'}:network"
-    torch.save(open_classifier(architecture, None).network.state_dict(), tmp_path / "own.pt")
-    assert open_classifier(architecture, str(tmp_path / "own.pt")).mean.flatten().tolist() == [0, 0, 0]
-    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
-    with pytest.raises(InputError, match="mean is missing"):
-        open_classifier(architecture, str(tmp_path / "tensor.pt"))
 
 
 def test_a_reduction_drawn_for_every_image():

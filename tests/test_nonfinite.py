@@ -9,7 +9,8 @@ import torch
 from conftest import one_line
 
 from experiment import distillation
-from experiment.checkpoint import FILE, PREVIOUS, is_whole, load_checkpoint
+from experiment.run import FILE, PREVIOUS, is_whole, load_checkpoint
+from models.weights import load_generator
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -65,7 +66,7 @@ def test_ten_in_a_row_stop_the_run_and_the_checkpoint_stands(start, experiment, 
     folder = next(Path("assets/logs").iterdir())
     assert [row["skipped_steps"] for row in history(folder)] == ["0", "3", "3", "3"]
     assert is_whole(folder / FILE) and is_whole(folder / PREVIOUS)
-    best = torch.load(folder / "best.pt", weights_only=True)
+    best = load_generator(folder / "best.pt")
     stands = load_checkpoint(folder)["network"]
     assert all(tensor.equal(best[key]) for key, tensor in stands.items())
     resumed = start("train_darionet", "--resume")

@@ -1,22 +1,34 @@
-import io
+"""parameters.json, --set, and what every script does with its command line, its streams and its exit codes."""
+
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, one_line
 
-from experiment.parameters import (
-    Parameters,
-    Unbroken,
-    read_parameters,
-    refuse_tasks_without_torchrun,
-    remedy,
-    run_script,
-    script_parser,
-)
-from models.errors import InputError
+from experiment.parameters import Parameters, Section, read_parameters, reference
+from experiment.script import refuse_tasks_without_torchrun, run_script, script_parser
+from models.darionet import trained_for
+from models.errors import InputError, OneProcessError
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Calls read("{...}", "section.key=value", ...) -> Parameters."""
+
+    def call(text: str, *settings: str) -> Parameters:
+        (tmp_path / "p.json").write_text(text)
+        return read_parameters(tmp_path / "p.json", settings)
+
+    return call
+
+
+def value_of(parameters: Parameters, key: str) -> object:
+    section, name = key.split(".")
+    return parameters.model_dump()[section][name]
 
 
 def test_parameters_json_holds_every_default():
@@ -32,48 +44,42 @@ def test_published_values():
     assert (p.training.epochs, p.training.batches_per_epoch) == (8, None)
     assert (p.test.seed, p.test.batch_size, p.test.epochs, p.test.batches_per_epoch) == (1337, 60, 1, None)
     assert (p.data.train_fraction, p.data.val_fraction, p.data.seed) == (0.15, 0.5, 2020)
-    assert (p.classifier[0].architecture, p.classifier[0].weights) == ("resnet50", "IMAGENET1K_V1")
+    assert (p.classifier.architecture, p.classifier.weights) == ("resnet50", "IMAGENET1K_V1")
+
+
+def test_the_page_is_what_the_command_writes():
+    assert (ROOT / "docs/parameters.md").read_text() == reference(), "python -m experiment.parameters writes it"
+    for section in Section.__subclasses__():
+        assert all(field.description for field in section.model_fields.values()), section
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "examples").glob("*/*.json")), ids=lambda p: f"{p.parent.name}/{p.name}"
 )
 def test_every_example_is_valid(path):
-    if path.name != "results.json":
-        read_parameters(path)
+    read_parameters(path)
 
 
-def test_settings_are_json_else_text(tmp_path):
-    (tmp_path / "p.json").write_text("{}")
+def test_settings_are_json_else_text(read):
     settings = ["training.epochs=3", "data.train=my photographs", "training.loss.pixels=0.5", "training.shuffle=false"]
-    p = read_parameters(tmp_path / "p.json", [*settings, "darionet.initial_weights=null"])
+    p = read('{"transformations": {"random_reduction": null}}', *settings, "transformations.random_reduction.share=0.5")
     assert (p.training.epochs, p.data.train, p.training.loss.pixels) == (3, "my photographs", 0.5)
-    assert p.training.shuffle is False and p.darionet.initial_weights is None
+    assert p.training.shuffle is False and p.transformations.random_reduction.share == 0.5
 
 
-def value_of(parameters, key: str):
-    """The parameter "section.key"; of the first classifier."""
-    section, name = key.split(".")
-    values = getattr(parameters, section)
-    return getattr(values[0] if section == "classifier" else values, name)
+TEXTS = ["2012", "1e5", "true", "null", '{"a": 1}', "[1]", "-0", "9" * 500, "NaN", "two words"]
 
 
-@pytest.mark.parametrize(
-    "text", ["2012", "1e5", "true", "null", '{"a": 1}', "[1]", "-0", "9" * 500, "NaN", "two words"]
-)
 @pytest.mark.parametrize("key", ["data.test", "classifier.architecture", "darionet.weights"])
-def test_text_that_looks_like_json_stays_text(tmp_path, key, text):
-    """Also "null", where nothing is no choice."""
-    (tmp_path / "p.json").write_text("{}")
-    assert value_of(read_parameters(tmp_path / "p.json", [f"{key}={text}"]), key) == text
+def test_text_that_looks_like_json_stays_text(read, key):
+    for text in TEXTS:
+        assert value_of(read("{}", f"{key}={text}"), key) == text
 
 
-def test_text_or_nothing(tmp_path):
-    (tmp_path / "p.json").write_text("{}")
+@pytest.mark.parametrize("key", ["darionet.initial_weights", "classifier.head"])
+def test_text_or_nothing(read, key):
     for text, value in (("null", None), ("7", "7"), ('"null"', "null"), ('"7"', "7")):
-        assert (
-            read_parameters(tmp_path / "p.json", [f"darionet.initial_weights={text}"]).darionet.initial_weights == value
-        )
+        assert value_of(read("{}", f"{key}={text}"), key) == value
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
@@ -87,16 +93,15 @@ PLACES += ("classifier.weights", "classifier.architecture", "darionet.initial_we
 
 
 @pytest.mark.parametrize("key", PLACES)
-def test_home_folders(tmp_path, monkeypatch, key):
-    """In the file and in --set; what a run saves has the whole path."""
+def test_home_folders(read, monkeypatch, key):
+    """In the file and in --set; a run saves the whole path."""
     monkeypatch.setenv("HOME", "/home/me")
     section, name = key.split(".")
-    (tmp_path / "p.json").write_text(json.dumps({section: {name: "~/a b.pt"}}))
-    assert read_parameters(tmp_path / "p.json").model_dump()[section][name] == "/home/me/a b.pt"
+    assert value_of(read(json.dumps({section: {name: "~/a b.pt"}})), key) == "/home/me/a b.pt"
     for text, path in (("~/b", "/home/me/b"), ("~", "/home/me"), ("a~/b", "a~/b"), ("./~x", "./~x")):
-        assert read_parameters(tmp_path / "p.json", [f"{key}={text}"]).model_dump()[section][name] == path
+        assert value_of(read("{}", f"{key}={text}"), key) == path
     with pytest.raises(InputError, match=rf"{key}: ~nobodyatall/x: no such home folder"):
-        read_parameters(tmp_path / "p.json", [f"{key}=~nobodyatall/x"])
+        read("{}", f"{key}=~nobodyatall/x")
 
 
 def test_home_folders_on_the_command_line(monkeypatch):
@@ -110,15 +115,16 @@ def test_home_folders_on_the_command_line(monkeypatch):
         assert arguments.set == ["data.val=~/x"]  # Parameters expands it
 
 
-def test_one_file_under_two_names(tmp_path, monkeypatch):
-    """Weights are written through a link: not over what the run starts from."""
+def test_one_file_under_two_names(read, tmp_path, monkeypatch):
+    """Training writes its weights through a link: not over what it starts from or learns from."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "p.json").write_text("{}")
     (tmp_path / "link.pt").symlink_to("ESRGAN.pt")
     for name in ("./ESRGAN.pt", "link.pt", "~/ESRGAN.pt", f"{tmp_path}/ESRGAN.pt"):
         with pytest.raises(InputError, match="names the same file as darionet.initial_weights"):
-            read_parameters("p.json", [f"darionet.weights={name}", "darionet.initial_weights=ESRGAN.pt"])
+            read("{}", f"darionet.weights={name}", "darionet.initial_weights=ESRGAN.pt")
+    with pytest.raises(InputError, match="names the same file as training.more_teachers.0.weights"):
+        read('{"training": {"more_teachers": [{"weights": "a.pt"}]}}', "darionet.weights=a.pt")
 
 
 @pytest.mark.parametrize(
@@ -127,16 +133,20 @@ def test_one_file_under_two_names(tmp_path, monkeypatch):
         ("{", ["not valid JSON"]),
         ("[]", ["expected an object"]),
         ('{"training": {"epoch": 3}}', ["training.epoch: unknown key", "epochs"]),
+        ('{"nothing": 3}', ["json: nothing: unknown key; known here: transformations"]),
         ('{"training": {"epochs": 0}}', ["training.epochs: found 0", "greater than or equal to 1"]),
         ('{"training": {"epochs": "3"}}', ['training.epochs: found "3"', "valid integer"]),
         ('{"training": {"epochs": true}}', ["training.epochs: found true"]),
-        ('{"training": {"learning_rate": NaN}}', ["not valid JSON", "NaN"]),
+        ('{"training": {"epochs": 0, "seed": -1}}', ["training.seed: found -1", "(and 1 more)"]),
+        ('{"training": {"learning_rate": NaN}}', ["training.learning_rate: found NaN", "finite"]),
         ('{"training": {"learning_rate": 1e999}}', ["training.learning_rate"]),
         ('{"training": {"loss": {"logits": 0}}}', ["training.loss", "over 0"]),
         ('{"transformations": {"val_crop_size": 300}}', ["val_crop_size 300 is larger than resize_size 256"]),
         ('{"transformations": {"interpolation": "area"}}', ["transformations.interpolation", "bilinear"]),
         ('{"transformations": {"random_reduction": {"x": 1}}}', ["random_reduction.x: unknown key", "share, scale"]),
-        ('{"classifier": [{}, {"name": "x"}]}', ["classifier.1.name: unknown key", "architecture"]),
+        ('{"transformations": {"random_reduction": {"scale": [0.5, 0.2]}}}', ["random_reduction.scale", "lowest"]),
+        ('{"training": {"more_teachers": [{}, {"name": "x"}]}}', ["more_teachers.1.name: unknown key", "architecture"]),
+        ('{"classifier": [{}, {}]}', ["classifier is a list: the first stays", "training.more_teachers"]),
         ('{"data": {"train": ""}}', ["data.train"]),
         ('{"data": {"train": "a\\u0000b"}}', ["data.train"]),
         ('{"test": {"seed": 1, "seed": 2}}', ["'seed' stands twice"]),
@@ -144,10 +154,9 @@ def test_one_file_under_two_names(tmp_path, monkeypatch):
         ('{"training": {"epochs": ' + "9" * 5000 + "}}", ["p.json"]),
     ],
 )
-def test_one_line_for_every_fault(tmp_path, text, parts):
-    (tmp_path / "p.json").write_text(text)
+def test_one_line_for_every_fault(read, tmp_path, text, parts):
     with pytest.raises(InputError) as error:
-        read_parameters(tmp_path / "p.json")
+        read(text)
     message = str(error.value)
     assert message.startswith(str(tmp_path / "p.json")) and "\n" not in message and len(message) < 500
     for part in parts:
@@ -161,19 +170,37 @@ def test_one_line_for_every_fault(tmp_path, text, parts):
         ("=3", "KEY=VALUE"),
         ("training.epochs.more=3", "holds no keys"),
         ("nothing.epochs=3", "nothing: unknown key"),
-        ("training.epochs=NaN", 'found "NaN"'),
+        ("training.epochs=NaN", "found NaN"),
+        ("training.epochs=many", 'found "many"'),
     ],
 )
-def test_settings_that_do_not_fit(tmp_path, setting, part):
-    (tmp_path / "p.json").write_text('{"training": {"epochs": 1}}')
+def test_settings_that_do_not_fit(read, setting, part):
     with pytest.raises(InputError, match=part):
-        read_parameters(tmp_path / "p.json", [setting])
+        read('{"training": {"epochs": 1}}', setting)
 
 
-def test_settings_of_a_section_that_is_null(tmp_path):
-    (tmp_path / "p.json").write_text('{"transformations": {"random_reduction": null}}')
-    parameters = read_parameters(tmp_path / "p.json", ["transformations.random_reduction.share=0.5"])
-    assert parameters.transformations.random_reduction.share == 0.5
+@pytest.mark.parametrize(
+    ("train", "val", "test"),
+    [
+        ("photos", "photos/val", "none"),  # the validation images are training images
+        ("photos", "photos", "none"),
+        ("photos/val", "photos", "none"),
+        ("photos", "none", "./photos/val/.."),
+        ("link", "photos/val", "none"),
+        ("photos", "link/val", "none"),
+        ("photos", "elsewhere/a", "none"),  # photos/b leads to elsewhere
+    ],
+)
+def test_training_on_held_out_images_is_refused(start, experiment, train, val, test):
+    for folder in ("photos/val", "elsewhere/a"):
+        Path(folder).mkdir(parents=True)
+    Path("link").symlink_to("photos")
+    Path("photos/b").symlink_to(experiment / "elsewhere")
+    Path("photos/loop").symlink_to(experiment / "photos")
+    settings = [f"--set=data.{key}={folder}" for key, folder in (("train", train), ("val", val), ("test", test))]
+    key = "data.val" if test == "none" else "data.test"
+    one_line(start("train_darionet", *settings), f"{key}: ", "is also in data.train: keep their images apart")
+    assert not os.path.exists("assets")
 
 
 SCRIPTS = ["img_sampler_train", "img_sampler_val", "train_darionet", "test", "try_darionet"]
@@ -189,78 +216,77 @@ def test_every_script_refuses_in_one_line(script, start, tmp_path, monkeypatch):
     one_line(start(script, *image, "--sett", "x"), "--sett")
 
 
-def test_output_that_nobody_reads_any_more():
-    """`| head`, or a tee that Ctrl-C ended: the run goes on in silence."""
-    reader, writer = os.pipe()
-    stream = Unbroken(os.fdopen(writer, "w"))
-    stream.write("heard\n")
-    stream.flush()
-    assert os.read(reader, 100) == b"heard\n"
-    os.close(reader)
-    for _ in range(2):
-        stream.write("unheard\n")
-        stream.flush()
+def run_in_shell(body: str, redirection: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a script whose main has this body as a shell would."""
+    script = "import os, sys, models.errors\nfrom experiment.script import run_script\n"
+    script += f"def main():\n    {body}\nrun_script(main)"
+    environment = os.environ | {"SCRIPT": script, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | environment
+    command = ["bash", "-c", f'"$PYTHON" -c "$SCRIPT" {redirection}']
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
 
 
-class Bare:
-    """A stream with write and flush alone; `error` is what they meet."""
-
-    def __init__(self, error=None):
-        self.error, self.text = error, ""
-
-    def write(self, text):
-        if self.error:
-            raise self.error
-        self.text += text
-
-    def flush(self):
-        if self.error:
-            raise self.error
-
-
-@pytest.mark.parametrize(
-    "error",
-    [BrokenPipeError(32, "gone"), OSError(5, "no terminal"), OSError(28, "disk full"), ValueError("closed file")],
-    ids=lambda e: str(e),
-)
-def test_streams_that_fail(error):
-    stream = Unbroken(Bare(error))
-    for _ in range(2):
-        assert stream.write("unheard\n") == 8
-        stream.flush()
-
-
-def test_streams_that_are_no_files(monkeypatch):
-    """None, a notebook's, text in memory; afterwards they are in place again, as %run needs them."""
-    for stream in (None, Bare(), io.StringIO(), io.TextIOWrapper(io.BytesIO(), encoding="ascii")):
-        monkeypatch.setattr(sys, "stdout", stream)
-        monkeypatch.setattr(sys, "stderr", stream)
-        for code in (0, 7):
-            with pytest.raises(SystemExit) as stop:
-                run_script(lambda code=code: print("caf\u00e9 a\udcff") or code)
-            assert stop.value.code == code and sys.stdout is stream and sys.stderr is stream
-        if isinstance(stream, Bare):
-            assert stream.text == "caf\u00e9 a\udcff\n" * 2
+def test_output_that_nobody_reads_any_more(tmp_path):
+    """`| head`, or a tee that Ctrl-C ended: the run goes on in silence, to its own exit code."""
+    body = "[print(i, flush=i % 2) for i in range(100_000)]; print(1, file=sys.stderr); open('end', 'w'); return 3"
+    result = run_in_shell(body, "| head -n 1; exit ${PIPESTATUS[0]}", tmp_path)
+    assert (result.returncode, result.stdout, result.stderr) == (3, "0\n", "1\n") and (tmp_path / "end").exists()
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", ">&- 2>&-", "<&- >&- 2>&-", "2>/dev/full >/dev/full"])
 def test_standard_streams_that_are_closed(tmp_path, closed):
     """The run goes on, and no message lands in the file that is opened next."""
-    script = """
-import os, sys
-from experiment.parameters import run_script
-def main():
-    with open("result", "wb") as file:
-        print("to standard output"); print("to standard error", file=sys.stderr)
-        os.write(2, b"from a signal handler") if sys.argv[1] != "2>/dev/full >/dev/full" else None
-        file.write(b"result")
-    return 3
-run_script(main)
-"""
-    command = f'"{sys.executable}" -c "$SCRIPT" "$CLOSED" {closed}'
-    environment = os.environ | {"SCRIPT": script, "CLOSED": closed, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run(command, shell=True, cwd=tmp_path, env=environment).returncode == 3
+    body = "file = open('result', 'wb'); print('to standard output'); print('to standard error', file=sys.stderr); "
+    body += "'full' in os.environ['CLOSED'] or os.write(2, b'from a signal handler'); file.write(b'result'); return 3"
+    assert run_in_shell(body, closed, tmp_path, CLOSED=closed).returncode == 3
     assert (tmp_path / "result").read_bytes() == b"result"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_are_no_text_are_printed_as_escapes(tmp_path, encoding):
+    result = run_in_shell("print('a\\udcff\u00e9')", "", tmp_path, PYTHONIOENCODING=encoding)
+    assert result.returncode == 0 and result.stdout == f"a\\udcff{'é' if encoding == 'utf-8' else chr(92) + 'xe9'}\n"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "line"),
+    [
+        ("return 7", 7, ""),
+        ("raise models.errors.InputError('mend it')", 2, "-c: mend it\n"),
+        ("raise KeyboardInterrupt", 130, "-c: stopped\n"),
+        ("os.kill(os.getpid(), 2); import time; time.sleep(9)", 130, "-c: stopped\n"),
+        ("open('absent')", 1, "-c: No such file or directory: absent\n"),
+        ("raise MemoryError", 2, "-c: out of memory: lower the batch size, "),
+        ("raise RuntimeError('. DefaultCPUAllocator: can\\'t allocate memory: you')", 2, "-c: out of memory: lower "),
+        ("raise type('OutOfMemoryError', (RuntimeError,), {})", 2, "-c: out of GPU memory: "),
+        ("raise ValueError('a fault of the program')", 1, "Traceback "),
+    ],
+)
+def test_exit_codes(tmp_path, body, code, line):
+    result = run_in_shell(body, "", tmp_path)
+    assert result.returncode == code and result.stderr.startswith(line) and bool(result.stderr) == bool(line)
+    assert line.startswith("Trace") or result.stderr.count("\n") == bool(line)
+
+
+def test_one_of_several_processes_prints(capfd, monkeypatch):
+    """The first one; an error that one process alone may have, from any; another error, from one per machine."""
+
+    def said(error: Exception, rank: str, local_rank: str) -> tuple[str, str]:
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+
+        def main() -> None:
+            print("begun")
+            raise error
+
+        with pytest.raises(SystemExit, match="2"):
+            run_script(main)
+        out, err = capfd.readouterr()
+        return out, err.partition(": ")[2]
+
+    assert said(InputError("mend it"), "0", "0") == ("begun\n", "mend it\n")
+    assert said(InputError("mend it"), "3", "1") == ("", "")
+    assert said(InputError("mend it"), "2", "0") == ("", "mend it\n")
+    assert said(OneProcessError("no GPU"), "3", "1") == ("", "no GPU\n")
 
 
 def test_a_notebook_runs_a_script(tmp_path, monkeypatch):
@@ -277,40 +303,27 @@ def test_a_notebook_runs_a_script(tmp_path, monkeypatch):
     assert "assets/ImageNet2012_train_original" in said[0] and "--overwrite" in said[1] and said[2] == "goes on\n", said
 
 
-STEP = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4"}
-JOB_VARIABLES = [*STEP, "SLURM_STEP_NUM_TASKS", "ENVIRONMENT", "WORLD_SIZE", "LOCAL_WORLD_SIZE"]
-
-
 @pytest.mark.parametrize(
     ("variables", "tasks"),
     [
-        (STEP, 4),  # srun -n 4
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4"}, 4),
-        (STEP | {"ENVIRONMENT": "BATCH", "SLURM_STEP_NUM_TASKS": "2"}, 2),  # srun -n 2 in a batch script
-        (STEP | {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 4),  # a torchrun for each, and none knows the others
+        ({"SLURM_STEP_NUM_TASKS": "4"}, 4),  # srun -n 4
+        ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}, 4),  # a torchrun for each
         ({"OMPI_COMM_WORLD_SIZE": "2"}, 2),
-        ({"PMI_SIZE": "3"}, 3),
-        ({"FLUX_JOB_SIZE": "16"}, 16),
         ({}, None),
-        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc
-        (STEP | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell of srun --pty, or of salloc's interactive step
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "ENVIRONMENT": "BATCH"}, None),  # the batch script itself
-        (STEP | {"SLURM_NTASKS": "1"}, None),
-        ({"OMPI_COMM_WORLD_SIZE": "1", "PMI_SIZE": ""}, None),
-        (STEP | {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, None),  # torchrun over four machines
-        (STEP | {"WORLD_SIZE": "4"}, None),  # the variables of torchrun, set by hand
+        ({"SLURM_NTASKS": "4"}, None),  # a shell of salloc, or a batch script
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"}, None),  # a shell of srun --pty
+        ({"SLURM_STEP_NUM_TASKS": "4", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "4"}, None),  # torchrun, four machines
     ],
 )
 def test_tasks_without_torchrun(monkeypatch, variables, tasks):
-    for name in JOB_VARIABLES:
+    for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["somewhere/train_darionet.py"])
     if tasks is None:
         refuse_tasks_without_torchrun()
     else:
-        with pytest.raises(InputError, match=rf"^{tasks} tasks .* torchrun --nproc_per_node={tasks} train_darionet.py"):
+        with pytest.raises(InputError, match=rf"^{tasks} tasks .* torchrun --nproc_per_node={tasks}"):
             refuse_tasks_without_torchrun()
 
 
@@ -322,17 +335,14 @@ def test_every_script_refuses_tasks(start, experiment, monkeypatch, script):
     assert not os.path.exists("assets")
 
 
-@pytest.mark.parametrize(
-    ("error", "part"),
-    [
-        (MemoryError(), "lower the batch size"),
-        (
-            RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried"),
-            "lower the batch size",
-        ),
-        (RuntimeError("a fault of the program"), None),
-    ],
-)
-def test_what_the_machine_cannot_do(error, part):
-    line = remedy(error)
-    assert line is None if part is None else part in line and "\n" not in line
+@pytest.mark.usefixtures("no_figures")
+def test_more_teachers_concern_training_alone(start, experiment):
+    """The other scripts read `classifier`, which --classifier and --set change."""
+    more = 'training.more_teachers=[{"architecture": "resnet18", "weights": "classifier.pt", "head": "fc"}]'
+    trained = start("train_darionet", "--set", more, "--set", "training.epochs=1")
+    assert trained.code == 0 and trained.out.count("Classifier: resnet18, classifier.pt, frozen\n") == 2
+    note = trained_for("DarioNet.pt")
+    assert (note["classifier"]["head"], note["more_teachers"][0]["head"]) == (None, "fc")
+    (experiment / "classifier.pt").rename("other.pt")
+    tested = start("test", "--classifier", "other.pt", "--set", "classifier.head=fc", "--set", more)
+    assert tested.code == 0 and "Classifier: resnet18, other.pt\n" in tested.out

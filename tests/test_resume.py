@@ -52,12 +52,11 @@ def test_any_number_of_processes_sees_the_same_images(count, size, processes, sh
     [
         "training.seed=1",
         "training.batch_size=3",
-        "training.epochs=3",
         "training.precision=float32",
         'training.loss={"pixels":1}',
         "transformations.scale=0.5",
         "darionet.weights=other.pt",
-        "data.train=val",
+        "data.val=test",
     ],
 )
 def test_a_change_that_matters_is_refused_by_name(start, experiment, monkeypatch, change):

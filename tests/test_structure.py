@@ -35,7 +35,7 @@ def test_imports_keep_the_rules(path):
         assert "experiment" not in roots, "models stand alone"
     if path.name != "plots.py":
         assert "matplotlib" not in roots, "experiment/plots.py alone draws"
-    if path.name in ("parameters.py", "sampling.py", "errors.py", "files.py") or path.name.startswith("img_sampler"):
+    if path.stem in ("parameters", "script", "sampling", "errors", "files") or path.name.startswith("img_sampler"):
         assert "torch" not in roots
 
 
@@ -45,13 +45,12 @@ def test_importing_does_nothing(path):
     allowed = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign, ast.If, ast.Expr)
     for node in ast.parse(path.read_text()).body:
         assert isinstance(node, allowed), f"line {node.lineno}"
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            assert path.name == "plots.py", f"line {node.lineno}"  # matplotlib's settings
+        assert not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)), f"line {node.lineno}"
     assert ast.get_docstring(ast.parse(path.read_text())), "a module opens by saying what it is"
 
 
 def test_experiment_stays_small():
-    assert len([p for p in ROOT.glob("experiment/*.py") if p.name != "__init__.py"]) <= 9
+    assert len([p for p in ROOT.glob("experiment/*.py") if p.name != "__init__.py"]) <= 10
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

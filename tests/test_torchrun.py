@@ -12,6 +12,7 @@ import torch
 from conftest import CLASSES, ROOT
 
 from experiment.runtime import Runtime
+from models.weights import load_generator
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="this torch has no gloo")
@@ -51,7 +52,7 @@ def test_training_and_test_of_two_processes(start, experiment):
     )
     assert len(list(Path("assets/logs").iterdir())) == 1
     folder = Path(lines[-1])
-    weights = torch.load("DarioNet.pt", weights_only=True)
+    weights = load_generator("DarioNet.pt")
     Path("DarioNet.pt").unlink()
     one = start("train_darionet", *exact, "--set", "training.batch_size=4")
     other = Path(one.out.strip().splitlines()[-1])
@@ -59,7 +60,7 @@ def test_training_and_test_of_two_processes(start, experiment):
         for key in ("train_loss", "val_loss", "val_accuracy", "val_agreement", "val_psnr_db", "unreadable"):
             assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-3), key
     assert read_csv(folder / "unreadable.csv") == read_csv(other / "unreadable.csv")
-    for key, tensor in torch.load("DarioNet.pt", weights_only=True).items():
+    for key, tensor in load_generator("DarioNet.pt").items():
         torch.testing.assert_close(weights[key], tensor, atol=2e-4, rtol=0)
 
     two = torchrun(ROOT / "test.py")

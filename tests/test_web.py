@@ -1,4 +1,4 @@
-"""The page of try_darionet.py --web, over its functions and in a browser."""
+"""The page of examples/web.py, over its functions and in a browser."""
 
 import asyncio
 import io
@@ -17,11 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, draw, load_script, one_line
+from conftest import CLASSES, ROOT, draw, one_line
 from PIL import Image
 
+from experiment.evaluation import ask
 from experiment.parameters import read_parameters
-from models.pipeline import unchanged
+from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Jpeg, Reduction
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -32,10 +33,7 @@ TIMEOUT = 120  # seconds: for a machine with other work
 def test_without_gradio_it_says_what_to_install(start, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "examples.web", raising=False)
-    one_line(start("try_darionet", "--web"), "--web needs gradio: pip install gradio")
-    one_line(start("try_darionet", "--web", "--small"), "leave out --small")
-    one_line(start("try_darionet"), "name an image")
+    one_line(start("examples/web"), "needs gradio: pip install gradio")
 
 
 @pytest.fixture
@@ -48,33 +46,40 @@ def web():
 
 
 @pytest.fixture
-def reader(trained):
-    return load_script("try_darionet").Reader(read_parameters("parameters.json"), ["DarioNet.pt"])
+def networks(trained, web):
+    return web.open_networks(read_parameters("parameters.json"), ["DarioNet.pt"])
 
 
-def test_what_the_page_shows(web, reader):
+def read(networks, name: str, reduce, image):
+    """What a row rebuilds of an image, and its best prediction."""
+    restore = Enlarge("bilinear") if name == "Bilinear" else networks.upscalers[name]
+    _, rebuilt, ((best,),) = ask(Pipeline(name, networks.classifier, reduce, restore), image, networks.runtime)
+    return rebuilt[0], best
+
+
+def test_what_the_page_shows(web, networks):
     """The pictures and labels are those of try_darionet.py without a page, for any way of reducing."""
     draw("checks", 5, 90).save("a.png")
-    image = reader.load(Path("a.png"), small=False)
+    image = networks.load(Path("a.png"))
     for jpeg, reduce in ((web.NO_JPEG, Reduction(0.25, "bicubic", True)), (40, Jpeg(Reduction(0.25), 40))):
         plain = jpeg != web.NO_JPEG
         way = web.way_to_reduce(4, "bilinear" if plain else "bicubic", not plain, jpeg)
-        rows = web.read_all(reader, image, way)
+        rows = web.read_all(networks, image, way)
         assert list(rows) == ["Original", "Small", "Bilinear", "DarioNet"]
         assert np.array_equal(rows["Original"].image, web.pixels(image[0]))
         assert rows["Small"].size == (8, 8)
         assert np.array_equal(rows["Small"].image[2::4, 2::4], web.pixels(reduce(image)[0]))
         for name in ("Bilinear", "DarioNet"):
-            _, rebuilt, prediction = reader.read(reader.pipeline(name, reduce), image)
+            rebuilt, prediction = read(networks, name, reduce, image)
             assert np.array_equal(rows[name].image, web.pixels(rebuilt))
             labels = rows[name].labels
             assert set(labels) == set(CLASSES) and sum(labels.values()) == pytest.approx(1, abs=1e-5)
             assert next(iter(labels)) == prediction["label"] and max(labels.values()) == prediction["probability"]
 
 
-def test_a_classifier_that_reads_no_small_images(web, reader, monkeypatch):
-    monkeypatch.setattr(reader.classifier, "reads", lambda height, width: False)
-    rows = web.read_all(reader, torch.rand(1, 3, 32, 32), Reduction(0.25))
+def test_a_classifier_that_reads_no_small_images(web, networks, monkeypatch):
+    monkeypatch.setattr(networks.classifier, "reads", lambda height, width: False)
+    rows = web.read_all(networks, torch.rand(1, 3, 32, 32), Reduction(0.25))
     assert rows["Small"].labels == {} and len(rows["Bilinear"].labels) == 3
 
 
@@ -112,8 +117,8 @@ def test_uploads_end_where_the_folder_is_full(web, tmp_path, monkeypatch):
 
 @contextmanager
 def served(*arguments, stop: signal.Signals = signal.SIGINT, **options):
-    """The address of the page of `try_darionet.py --web`; afterwards it is stopped, and its exit code checked."""
-    command = [sys.executable, str(ROOT / "try_darionet.py"), "--web", *map(str, arguments)]
+    """The address of the page of `examples/web.py`; afterwards it is stopped, and its exit code checked."""
+    command = [sys.executable, str(ROOT / "examples/web.py"), *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     try:
         line = next((line for line in process.stdout if "shows the page" in line), "")
@@ -171,17 +176,16 @@ def test_the_server_is_for_this_machine_and_gives_no_other_files(web, trained):
     assert not [path for path in (trained / "tmp").iterdir() if path.name.startswith("darionet_")]
 
 
-def first_labels(reader, path: str, scale: float) -> dict[str, str]:
+def first_labels(networks, path: str, scale: float) -> dict[str, str]:
     """What the page should show first in every row but Small."""
-    image = reader.load(Path(path), small=False)
-    pipelines = {name: reader.pipeline(name, Reduction(scale)) for name in ("Bilinear", "DarioNet")}
-    pipelines["Original"] = reader.pipeline("Bilinear", unchanged)
-    best = {name: reader.read(pipeline, image)[2] for name, pipeline in pipelines.items()}
+    image = networks.load(Path(path))
+    best = {name: read(networks, name, Reduction(scale), image)[1] for name in ("Bilinear", "DarioNet")}
+    best["Original"] = read(networks, "Bilinear", unchanged, image)[1]
     return {name: f"{one['label']} {round(100 * one['probability'])}%" for name, one in best.items()}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
-def test_the_page_in_a_browser(web, reader, trained):
+def test_the_page_in_a_browser(web, networks, trained):
     pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     draw("discs", 1, 90).save("first.png")
     draw("checks", 2, 90).save("second.png")
@@ -200,12 +204,12 @@ def test_the_page_in_a_browser(web, reader, trained):
         assert page.inner_text("#heading") == "first.png"
         page.set_input_files("#upload input[type=file]", "second.png")
         page.wait_for_function("document.querySelector('#heading').innerText == 'second.png'")
-        for name, text in first_labels(reader, "second.png", 0.32).items():
+        for name, text in first_labels(networks, "second.png", 0.32).items():
             has(page, name, text)
         page.fill("#times input[type=number]", "2")
         page.keyboard.press("Tab")
         page.wait_for_selector("text=Small, 16 x 16")
-        for name, text in first_labels(reader, "second.png", 0.5).items():
+        for name, text in first_labels(networks, "second.png", 0.5).items():
             has(page, name, text)
         with page.expect_download() as download:
             page.click("#picture_3 a[download]")

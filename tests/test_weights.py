@@ -1,33 +1,57 @@
+"""Weight files: every layout that is read, what is refused and how, the note in the file, downloads by name."""
+
 import argparse
-import collections
-import datetime
-import decimal
-import fractions
 import hashlib
 import io
+import json
 import os
-import pathlib
 import pickle
+import re
 import shlex
 import stat
 import sys
-import types
-import warnings
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import one_line
 
-from models.darionet import build_darionet, load_rrdbnet, load_upscalers, note_of, row_name, trained_for, write_note
+from experiment.evaluation import open_restore
+from models import weights as module
+from models.darionet import DarioNet, build_darionet, load_rrdbnet, load_upscalers, row_name
 from models.errors import InputError
 from models.rrdbnet import RRDBNet
-from models.weights import PUBLISHED, generator_size, load_file, load_generator, load_strictly, save_file, unwrap
+from models.scaler import Reduction
+from models.weights import (
+    PUBLISHED,
+    SHIPPED,
+    generator_size,
+    load_file,
+    load_generator,
+    load_strictly,
+    published_file,
+    save_file,
+    save_weights,
+    sha256_of,
+    trained_for,
+    unwrap,
+)
+
+OURS = {"loss": {"logits": 1.0, "pixels": 0.0}, "scale": 0.32, "random_reduction": None}
+NAME = "RealESRGAN_x4plus"
 
 
 @pytest.fixture
 def weights() -> dict[str, torch.Tensor]:
     torch.manual_seed(0)
     return RRDBNet(8, 3, 4).state_dict()
+
+
+def with_prefix(weights: dict, prefix: str) -> dict:
+    return {prefix + key: tensor for key, tensor in weights.items()}
 
 
 def basicsr_names(weights: dict) -> dict:
@@ -41,7 +65,7 @@ def basicsr_names(weights: dict) -> dict:
     return renamed
 
 
-def first_release_names(weights: dict, blocks: int) -> dict:
+def first_release_names(weights: dict, blocks: int = 3) -> dict:
     top = {"conv_first": "model.0", "trunk_conv": f"model.1.sub.{blocks}", "upconv1": "model.3", "upconv2": "model.6"}
     top |= {"HRconv": "model.8", "conv_last": "model.10"}
     renamed = {}
@@ -55,29 +79,53 @@ def first_release_names(weights: dict, blocks: int) -> dict:
     return renamed
 
 
-@pytest.mark.parametrize("family", ["own", "basicsr", "first release"])
-@pytest.mark.parametrize("wrapper", [None, "params_ema", "state_dict", "module.", "layers.0."])
-def test_every_family_and_wrapper_is_read(weights, family, wrapper, tmp_path):
-    stored = {"own": weights, "basicsr": basicsr_names(weights), "first release": first_release_names(weights, 3)}[
-        family
-    ]
-    if wrapper and wrapper.endswith("."):
-        stored = {wrapper + key: tensor for key, tensor in stored.items()}
-    elif wrapper:
-        stored = {"step": 3, "params": {"old": torch.ones(1)}, wrapper: stored}
-        if wrapper != "params_ema":
-            del stored["params"]
-    torch.save(stored, tmp_path / "w.pth")
-    network = load_rrdbnet(str(tmp_path / "w.pth"))
-    assert generator_size(network.state_dict()) == (8, 3, 4)
-    for key, tensor in weights.items():
-        assert network.state_dict()[key].equal(tensor), key
+def layouts(w: dict) -> dict:
+    """Checkpoints as other programs write them, each of the same weights, beside what has to be left out."""
+    other = {key: tensor + 1 for key, tensor in w.items()}
+    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}
+    return {
+        "as it is": w,
+        "BasicSR": {"params": other, "params_ema": w},
+        "BasicSR without EMA": {"params": w},
+        "params-ema": {"params-ema": w, "params": other},
+        "timm": {"state_dict": other, "state_dict_ema": w, "optimizer": optimizer, "epoch": 3},
+        "torchvision": {"model": other, "model_ema": {"n_averaged": torch.tensor(5), **with_prefix(w, "module.")}},
+        "model_state_dict": {"model_state_dict": w, "optimizer_state_dict": optimizer, "loss": torch.tensor(0.5)},
+        "nested": {"model": {"net": w}},
+        "Lightning": {"state_dict": with_prefix(w, "model."), "callbacks": {}, "optimizer_states": [optimizer]},
+        "compiled and parallel": with_prefix(w, "module._orig_mod."),
+        "netG.": with_prefix(w, "netG."),
+        "layers.0.": with_prefix(w, "layers.0."),
+        "0.": with_prefix(w, "0."),
+        "half": {key: tensor.half() for key, tensor in w.items()},
+        "parameters": {key: torch.nn.Parameter(tensor) for key, tensor in w.items()},
+        "options and scores": {"state_dict": w, "args": argparse.Namespace(lr=1), "psnr": np.float64(3)},
+    }
 
 
-def test_what_is_written_has_the_published_names(weights, tmp_path):
-    save_file(weights, tmp_path / "out.pt")
-    stored = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert list(stored) == list(weights)
+@pytest.mark.parametrize("family", [dict, basicsr_names, first_release_names])
+@pytest.mark.parametrize("layout", list(layouts({})))
+def test_every_family_and_layout_is_read(weights, family, layout, tmp_path):
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(layouts(family(weights))[layout], tmp_path / "w.pth", **options)
+        network = load_rrdbnet(str(tmp_path / "w.pth"))
+        assert generator_size(network.state_dict()) == (8, 3, 4)
+        for key, tensor in network.state_dict().items():
+            expected = weights[key].half().float() if layout == "half" else weights[key]
+            assert tensor.dtype == torch.float32 and tensor.equal(expected), key
+
+
+def test_safetensors(weights, tmp_path, monkeypatch):
+    safetensors = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "w.safetensors"
+    safetensors.save_file(with_prefix(weights, "model."), path)
+    assert all(tensor.equal(weights[key]) for key, tensor in load_rrdbnet(str(path)).state_dict().items())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="not a readable weights file"):
+        load_file(path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(InputError, match="pip install safetensors"):
+        load_file(path)
 
 
 def refused(contents, tmp_path, *parts: str, loader=load_rrdbnet) -> None:
@@ -97,51 +145,52 @@ def test_each_thing_that_can_be_wrong_is_named(weights, tmp_path):
     refused(weights | {"conv_last.bias": torch.tensor([0, float("nan"), 0])}, tmp_path, "conv_last.bias", "not finite")
     refused(weights | {"conv_first.weight": torch.ones(8, 12, 3, 3)}, tmp_path, "factor of 2")
     refused({"fc.weight": torch.ones(2)}, tmp_path, "not an RRDBNet", "fc.weight")
-    refused([1, 2], tmp_path, "no state dict")
-    refused({}, tmp_path, "no state dict")
+    refused(weights, tmp_path, "(8, 3, 4)", "(8, 2, 4)", loader=lambda path: build_darionet(8, 2, 4, path))
 
 
 def test_odd_state_dicts_are_refused(weights, tmp_path):
     loop: dict = {}
     loop["model"] = loop
-    refused(loop, tmp_path, "no state dict")
-    refused({3: torch.ones(1)}, tmp_path, "no state dict")
+    for odd in (loop, [1, 2], {}, {3: torch.ones(1)}, {"epoch": 1}):
+        refused(odd, tmp_path, "no state dict")
     first = "conv_first.weight"
-    for tensor in (torch.ones(8, 3, 3, 3).to_sparse(), torch.ones(1).expand(10**6), torch.ones(3, device="meta")):
+    for tensor in (torch.ones(8, 3, 3, 3).to_sparse(), torch.ones(8, 3, 3, 3) * 1j, torch.ones(3, device="meta")):
         refused(weights | {first: tensor}, tmp_path, "no state dict")
-    refused(weights | {first: torch.tensor(1.0)}, tmp_path, "not an RRDBNet")
-    refused(weights | {"RRDB_trunk.999999999.x": torch.ones(1)}, tmp_path, "not an RRDBNet", "1000000000 blocks")
-    refused(weights | {first: torch.ones(2000, 3, 3, 3)}, tmp_path, "not an RRDBNet", "2000 features")
+    for tensor in (torch.tensor(1.0), torch.ones(2000, 3, 3, 3), torch.ones(1).expand(10**6)):
+        refused(weights | {first: tensor}, tmp_path, "not an RRDBNet", first)
+    refused(weights | {"RRDB_trunk.999999999.x": torch.ones(1)}, tmp_path, "RRDB_trunk.3.RDB1.conv1.weight is missing")
 
 
-def test_another_file_under_a_published_name(weights, tmp_path, monkeypatch):
-    torch.save(weights, tmp_path / "RealESRGAN_x4plus.pth")
-    with pytest.raises(InputError, match=r"RealESRGAN_x4plus\.pth: not the file published .* not 4fa0d389"):
-        load_rrdbnet(str(tmp_path / "RealESRGAN_x4plus.pth"))
-    own = hashlib.sha256((tmp_path / "RealESRGAN_x4plus.pth").read_bytes()).hexdigest()
-    monkeypatch.setitem(PUBLISHED, "RealESRGAN_x4plus.pth", own)
-    assert load_rrdbnet(str(tmp_path / "RealESRGAN_x4plus.pth"))
+class OwnNetwork(torch.nn.Module):
+    """All names under one that others use as a wrapper; BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
 
 
-def test_initial_weights_of_another_size(weights, tmp_path):
-    refused(weights, tmp_path, "(8, 3, 4)", "(8, 2, 4)", loader=lambda path: build_darionet(8, 2, 4, path))
+@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "net."])
+def test_a_network_with_names_of_its_own(prefix):
+    network, other = OwnNetwork(), OwnNetwork()
+    torch.nn.init.uniform_(network.model[1].running_mean)
+    own = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
+    state = unwrap({"state_dict": with_prefix(own, prefix), "epoch": 1}, "w.pt")
+    load_strictly(other, state, "w.pt")
+    assert all(tensor.equal(other.state_dict()[key]) for key, tensor in network.state_dict().items())
+    del state["1.running_var"]
+    with pytest.raises(InputError, match=r"w\.pt: 1\.running_var is missing"):
+        load_strictly(other, state, "w.pt")
 
 
-@pytest.mark.parametrize(
-    "contents", [b"", b"not weights", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(50)]
-)
-def test_files_that_are_no_weights(contents, tmp_path):
-    (tmp_path / "w.pth").write_bytes(contents)
-    with pytest.raises(InputError, match=r"w\.pth: not a"):
-        load_file(tmp_path / "w.pth")
-
-
-def test_a_truncated_file_is_refused(weights, tmp_path):
+def test_files_that_are_no_weights(weights, tmp_path):
     torch.save(weights, tmp_path / "w.pth")
     whole = (tmp_path / "w.pth").read_bytes()
-    (tmp_path / "w.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="not a"):
-        load_generator(tmp_path / "w.pth")
+    for contents in (b"", b"not weights", b"\x89PNG\r\n\x1a\n" + bytes(100), b"PK\x03\x04" + bytes(50), whole[:9999]):
+        (tmp_path / "w.pth").write_bytes(contents)
+        with pytest.raises(InputError, match=r"w\.pth: not a readable"):
+            load_generator(tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"absent\.pth: no such weights file"):
+        load_file(tmp_path / "absent.pth")
 
 
 class Canary:
@@ -152,19 +201,53 @@ class Canary:
         return os.mkdir, (str(self.path),)
 
 
-def test_code_inside_a_pickle_never_runs(tmp_path):
-    canary = tmp_path / "canary"
-    torch.save({"state_dict": Canary(canary)}, tmp_path / "zip.pth")
-    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Canary(canary)))
-    for name in ("zip.pth", "plain.pth"):
-        with pytest.raises(InputError, match="would run code"):
-            load_file(tmp_path / name)
-    assert not canary.exists()
+def test_code_is_refused_with_the_command_that_converts_it(weights, tmp_path, monkeypatch):
+    canary, path = tmp_path / "canary", tmp_path / "my file.pth"
+    path.write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(InputError, match="would run code"):
+        load_file(path)
+    network = RRDBNet(8, 3, 4)
+    network.load_state_dict(weights)
+    for contents in ({"state_dict": weights, "own": Canary(canary)}, network):
+        torch.save(contents, path)
+        with pytest.raises(InputError, match="would run code; if you trust it") as error:
+            load_rrdbnet(str(path))
+        assert "\n" not in str(error.value) and not canary.exists()
+        python, option, program, *arguments = shlex.split(str(error.value).split("one of it: ")[1])
+        assert (python, option, arguments) == ("python", "-c", [str(path), f"{path}.plain.pt"])
+        monkeypatch.setattr(sys, "argv", [option, *arguments])
+        exec(program, {})
+        assert all(v.equal(weights[k]) for k, v in load_rrdbnet(arguments[1]).state_dict().items())
+        if canary.exists():
+            canary.rmdir()
+
+
+def test_another_file_under_a_published_name(weights, tmp_path, monkeypatch):
+    path = tmp_path / f"{NAME}.pth"
+    torch.save(weights, path)
+    with pytest.raises(InputError, match=r"RealESRGAN_x4plus\.pth: not the file published .* not 4fa0d389"):
+        load_rrdbnet(str(path))
+    monkeypatch.setitem(PUBLISHED, path.name, sha256_of(path))
+    assert load_rrdbnet(str(path)) and row_name(str(path)) == "ESRGAN"
+
+
+def test_what_is_written_has_the_published_names_and_the_note(weights, tmp_path):
+    network = RRDBNet(8, 3, 4)
+    network.load_state_dict(weights)
+    for given in (weights, network):
+        save_weights(given, tmp_path / "out.pt", OURS | {"sizes": (1, 2)})
+        stored = torch.load(tmp_path / "out.pt", weights_only=True)
+        assert list(stored) == ["params", "trained_for"] and list(stored["params"]) == list(weights)
+        assert trained_for(tmp_path / "out.pt") == OURS | {"sizes": [1, 2]}
+        assert all(v.equal(weights[k]) for k, v in load_generator(tmp_path / "out.pt").items())
 
 
 def test_a_failed_save_leaves_the_old_file_and_nothing_else(weights, tmp_path, monkeypatch):
-    save_file(weights, tmp_path / "w.pt")
+    before = os.umask(0o027)
+    save_weights(weights, tmp_path / "w.pt", OURS)
+    os.umask(before)
     before = (tmp_path / "w.pt").read_bytes()
+    assert stat.S_IMODE((tmp_path / "w.pt").stat().st_mode) == 0o640, "files have the user's mode"
 
     def no_space(contents, file):
         file.write(b"half")
@@ -177,233 +260,114 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(weights, tmp_path, m
     assert [p.name for p in tmp_path.iterdir()] == ["w.pt"]
 
 
-def test_saved_files_have_the_users_mode(weights, tmp_path):
-    before = os.umask(0o027)
-    try:
-        save_file(weights, tmp_path / "w.pt")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "w.pt").stat().st_mode) == 0o640
+def test_old_notes_beside_the_weights_are_read(weights, tmp_path):
+    path, beside = tmp_path / "w.pt", tmp_path / "w.pt.json"
+    torch.save(weights, path)
+    assert trained_for(path) == {}
+    for mark, expected in (({}, OURS), ({"sha256": sha256_of(path)}, OURS), ({"sha256": 64 * "0"}, {})):
+        beside.write_text(json.dumps(OURS | mark))
+        assert trained_for(path) == expected
+    beside.write_text("[")
+    with pytest.raises(InputError, match=r"w\.pt\.json: .* remove it"):
+        trained_for(path)
+    save_weights(weights, path, {"scale": 0.5})
+    assert trained_for(path) == {"scale": 0.5}, "the file's own note comes first"
+    torch.save({"params": weights, "trained_for": "anime"}, tmp_path / "other.pt")
+    assert trained_for(tmp_path / "other.pt") == {}
 
 
-def test_names_of_the_initial_weights(weights, tmp_path):
-    path = tmp_path / "RRDB_PSNR_x4.pt"
-    save_file(weights, path)
-    assert row_name(str(path)) == "ESRGAN"
-    for loss, name in (({"logits": 0, "pixels": 1}, "Pixels"), ({"logits": 1, "pixels": 0}, "DarioNet")):
-        write_note(path, {"loss": loss})
-        assert row_name(str(path)) == name
-
-
-def test_a_note_belongs_to_the_weights_it_was_written_for(weights, tmp_path, capsys):
-    path = tmp_path / "w.pt"
-    save_file(weights, path)
-    write_note(path, {"scale": 0.5, "loss": {"pixels": 1}})
-    assert trained_for(str(path))["scale"] == 0.5 and capsys.readouterr().out == ""
-    note = note_of(path).read_text()
-    hand_written = '{"scale": 0.5, "loss": {"pixels": 1}}'
-    for number, text in ((1, note), (2, hand_written), (3, note.replace('"sha256": "', '"sha256": "0'))):
-        save_file({"other": torch.ones(number)}, path)  # another network's, under the note of the first
-        note_of(path).write_text(text)
-        assert trained_for(str(path)) == {} and row_name(str(path)) == "ESRGAN"
-        said = capsys.readouterr().out.splitlines()
-        assert len(said) == 1 and "w.pt.json was written for other weights" in said[0]
-    path.unlink()
-    assert trained_for(str(path)) == {}
-
-
-class Thing:
-    """Of a module that only the program which wrote the file has."""
-
-    def __init__(self, **attributes):
-        self.__dict__.update(attributes)
-
-
-def other_prefix(weights: dict, prefix: str) -> dict:
-    return {prefix + key: tensor for key, tensor in weights.items()}
-
-
-def as_bytes(contents, **options) -> bytes:
-    file = io.BytesIO()
-    torch.save(contents, file, **options)
-    return file.getvalue()
-
-
-def layouts(w: dict) -> dict:
-    """Checkpoints as other programs write them, each of the same weights, beside what has to be left out."""
-    other = {key: tensor + 1 for key, tensor in w.items()}
-    discriminator = {"conv0.weight": torch.ones(3), "conv1.weight": torch.ones(3)}
-    optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-4}]}
-    lightning = {"pytorch-lightning_version": "2.4.0", "epoch": 3, "callbacks": {}, "optimizer_states": [optimizer]}
-    config = {"model": {"name": "RRDBNet"}, "ema": {"decay": 0.999}, "best": torch.tensor(0.5)}
-    averaged = {"n_averaged": torch.tensor(5), **other_prefix(w, "module.")}
-    return {
-        "compiled": other_prefix(w, "_orig_mod."),
-        "compiled and parallel": other_prefix(w, "module._orig_mod."),
-        "compiled inside": other_prefix(w, "model._orig_mod.module."),
-        "Lightning": lightning | {"state_dict": other_prefix(w, "model.")},
-        "Lightning, two networks": lightning
-        | {"state_dict": other_prefix(w, "generator.") | other_prefix(discriminator, "discriminator.")},
-        "Lightning, a loss": lightning | {"state_dict": other_prefix(w, "net.") | {"criterion.weight": torch.ones(2)}},
-        "Lightning, EMA": lightning | {"state_dict": other_prefix(other, "model.") | other_prefix(w, "ema_model.")},
-        "network.": other_prefix(w, "network."),
-        "BasicSR": {"params": other, "params_ema": w},
-        "BasicSR without EMA": {"params": w},
-        "timm": config | {"state_dict": other, "state_dict_ema": w, "optimizer": optimizer},
-        "names of its own": {"g": w, "d": discriminator, "opt_g": optimizer, "step": 3},
-        "averaged": averaged,
-        "DeepSpeed": {"module": w, "global_steps": 4},
-        "half": {key: tensor.half() for key, tensor in w.items()},
-        "bfloat16": {"state_dict": {key: tensor.bfloat16() for key, tensor in w.items()}},
-        "parameters": {key: torch.nn.Parameter(tensor) for key, tensor in w.items()},
-        "Namespace": {"state_dict": w, "args": argparse.Namespace(lr=1, out=pathlib.Path("a"), b=[1])},
-        "Namespace among them": w | {"args": argparse.Namespace(lr=1), "epoch": 3},
-        "numpy": {"params_ema": w, "psnr": np.float64(3), "curve": np.ones(3), "rng": np.random.get_state()},
-        "odd objects": {
-            "state_dict": w,
-            "hparams": collections.defaultdict(list, a=[1]),
-            "when": datetime.datetime(2026, 1, 1),
-            "space": types.SimpleNamespace(a=1),
-            "own": Thing(a=1, inner=Thing(b=torch.ones(3))),
-            "kinds": frozenset([1]),
-        },
-        "a whole network": built(w),
-        "a whole network in a dictionary": {"model": built(w), "ema": None, "epoch": 1},
-    }
-
-
-def built(weights: dict) -> torch.nn.Module:
-    network = RRDBNet(8, 3, 4)
-    network.load_state_dict(weights)
-    return network
-
-
-LAYOUTS = list(layouts(RRDBNet(8, 3, 4).state_dict()))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_checkpoints_in_the_wild(weights, tmp_path, capsys, layout):
-    stored = layouts(weights)[layout]
-    kept = weights if layout not in ("half", "bfloat16") else stored.get("state_dict", stored)
-    before_2020 = {"_use_new_zipfile_serialization": False}
-    for options in [{}] + ([] if "whole" in layout else [before_2020]):
-        (tmp_path / "w.pth").write_bytes(as_bytes(stored, **options))
-        network = load_rrdbnet(str(tmp_path / "w.pth"))
-        assert generator_size(network.state_dict()) == (8, 3, 4)
-        for key, tensor in network.state_dict().items():
-            assert tensor.dtype == torch.float32 and tensor.equal(kept[key].float()), key
-        said = capsys.readouterr().out.splitlines()
-        averaged = {"Lightning, EMA": "ema_model", "BasicSR": "params_ema", "timm": "state_dict_ema"}
-        averaged["numpy"] = "params_ema"
-        assert len(said) == (layout in averaged) and averaged.get(layout, "") in "".join(said)
-
-
-class OwnNetwork(torch.nn.Module):
-    """Names of its own: two networks, one of them under a name that others use as a wrapper; BatchNorm."""
-
-    def __init__(self, alone: bool):
-        super().__init__()
-        self.model = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
-        if not alone:
-            self.head = torch.nn.Linear(2, 2)
-
-
-@pytest.mark.parametrize("alone", [True, False])
-@pytest.mark.parametrize("prefix", ["", "module.", "model.", "_orig_mod.", "net."])
-@pytest.mark.parametrize("loss", [False, True])
-def test_a_network_with_names_of_its_own(tmp_path, alone, prefix, loss):
-    network, other = OwnNetwork(alone), OwnNetwork(alone)
-    torch.nn.init.uniform_(network.model[1].running_mean)
-    stored = {k: v for k, v in network.state_dict().items() if not k.endswith("num_batches_tracked")}
-    stored = {"state_dict": other_prefix(stored, prefix), "epoch": 1}
-    if loss and prefix in ("model.", "net."):  # beside it, told apart by the prefix
-        stored["state_dict"]["criterion.weight"] = torch.ones(2)
-    load_strictly(other, unwrap(stored, "w.pt"), "w.pt")
-    assert all(tensor.equal(other.state_dict()[key]) for key, tensor in network.state_dict().items())
-    del stored["state_dict"][prefix + "model.1.running_var"]
-    with pytest.raises(InputError, match=r"1\.running_var is missing"):
-        load_strictly(other, unwrap(stored, "w.pt"), "w.pt")
-
-
-def test_safetensors(weights, tmp_path, monkeypatch):
-    safetensors = pytest.importorskip("safetensors.torch")
-    path = tmp_path / "w.safetensors"
-    safetensors.save_file(other_prefix(weights, "model."), path)
-    assert all(tensor.equal(weights[key]) for key, tensor in load_rrdbnet(str(path)).state_dict().items())
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="not a readable weights file"):
-        load_file(path)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(InputError, match="pip install safetensors"):
-        load_file(path)
-
-
-def converted(message: str, monkeypatch) -> str:
-    """Runs the command at the end of the message, as a shell would, without the seconds of its imports."""
-    python, option, program, *arguments = shlex.split(message[message.index("python -c") :])
-    assert (python, option, len(arguments)) == ("python", "-c", 2)
-    monkeypatch.setattr(sys, "argv", [option, *arguments])
-    exec(program, {})
-    return arguments[1]
-
-
-def test_what_is_called_is_refused_with_the_command_that_converts_it(weights, tmp_path, monkeypatch):
-    """Each of these would call something of its own; whoever trusts it gets the tensors by the command in the line."""
-    contents = {"state_dict": weights, "share": fractions.Fraction(1, 3), "options": {"a": decimal.Decimal(3)}}
-    torch.save(contents, tmp_path / "my file.pt")
-    torch.save(contents | {"net": built(weights)}, tmp_path / "four.pt", pickle_protocol=4)
-    for path in (tmp_path / "my file.pt", tmp_path / "four.pt"):
-        with pytest.raises(InputError, match=r": not a .* would run code; if you trust it") as error:
-            load_rrdbnet(str(path))
-        assert "\n" not in str(error.value)
-        plain = converted(str(error.value), monkeypatch)
-        assert plain == f"{path}.plain.pt"
-        assert all(v.equal(weights[k]) for k, v in load_rrdbnet(plain).state_dict().items())
-
-
-def test_torchscript_is_converted_by_the_same_command(tmp_path, monkeypatch):
-    path, network = tmp_path / "scripted.pt", torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), torch.nn.BatchNorm2d(2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.jit.script(network).save(path)
-    with pytest.raises(InputError, match="would run code; if you trust it") as error:
-        load_file(path)
-    plain = load_file(converted(str(error.value), monkeypatch))
-    assert all(tensor.equal(network.state_dict()[key]) for key, tensor in plain.items())
-
-
-def test_averaged_weights_of_a_classifier_too(tmp_path, capsys):
-    """Without names to tell networks apart: the entry that holds most, the averaged one first."""
-    network = OwnNetwork(True)
-    own, other = network.state_dict(), {key: tensor + 1 for key, tensor in network.state_dict().items()}
-    counters = {"decay": torch.tensor(0.999), "updates": torch.tensor(3)}
-    for stored, said in (
-        ({"state_dict": own, "ema": counters}, ""),
-        ({"state_dict": other, "net_g_ema": own, "epoch": 1}, "net_g_ema"),
-        ({"ema": {"module": own, "decay": 0.999}, "model": other}, "ema"),
-        ({"model": {"state_dict": own}, "optimizer": {"state": {0: counters}}}, ""),
-        ({"state_dict": other_prefix(other, "model.") | other_prefix(own, "model_ema.")}, "model_ema"),
-    ):
-        target = OwnNetwork(True)
-        load_strictly(target, unwrap(stored, "w.pt"), "w.pt")
-        assert all(tensor.equal(target.state_dict()[key]) for key, tensor in own.items()), said
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) == bool(said) and said in "".join(lines)
-
-
-def test_a_file_of_endless_kinds_of_objects(tmp_path):
-    names = "".join(f"cnumpy\nx{i}\n0" for i in range(2000))
-    (tmp_path / "w.pt").write_bytes(b"\x80\x02" + names.encode() + b"N.")
-    with pytest.raises(InputError, match="would run code"):
-        load_file(tmp_path / "w.pt")
-
-
-def test_no_network_takes_the_name_of_another_row(tmp_path, monkeypatch):
+def test_names_of_rows(tmp_path, monkeypatch):
     """Columns of predictions.csv are in lower case."""
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
+    state = RRDBNet(8, 1, 4).state_dict()
+    for name, expected in (("RRDB_mine.pth", "ESRGAN"), ("ESRGAN_mine.pth", "ESRGAN"), ("mine.v2.pth", "mine.v2")):
+        torch.save(state, name)
+        assert row_name(name) == expected
+    for loss, expected in (({"logits": 0, "pixels": 1}, "Pixels"), ({"logits": 1, "pixels": 0}, "DarioNet")):
+        save_weights(state, "RRDB_mine.pth", {"loss": loss})
+        assert row_name("RRDB_mine.pth") == expected
     for name in ("Bilinear.pt", "a.pt", "A.pt", "b.pt"):
-        torch.save(RRDBNet(8, 1, 4).state_dict(), name)
-        write_note(name, {"loss": {"logits": 1.0}})
+        save_weights(state, name, OURS)
     names = list(load_upscalers(["Bilinear.pt", "a.pt", "A.pt", "b.pt"], None))
     assert names == ["Bilinear (Bilinear.pt)", "a (a.pt)", "A (A.pt)", "b"]
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="the weights for photographs are not there")
+def test_the_weights_that_come_with_the_project():
+    note = trained_for(SHIPPED)
+    assert (note["scale"], note["loss"]["logits"], row_name(str(SHIPPED))) == (0.32, 30.0, "DarioNet")
+    network = DarioNet().restore.network
+    assert generator_size(network.state_dict()) == (64, 6, 32)
+    assert sum(tensor.numel() for tensor in network.parameters()) == 4467779
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Serves tiny weights as NAME; `cuts` are the bytes after which a connection ends, one for each request."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    file = io.BytesIO()
+    torch.save(RRDBNet(8, 1, 4).state_dict(), file)
+    state = SimpleNamespace(contents=file.getvalue(), cuts=[], asked=0, folder=tmp_path / "torch/hub/checkpoints")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            state.asked += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(state.contents)))
+            self.end_headers()
+            self.wfile.write(state.contents[: state.cuts.pop(0) if state.cuts else None])
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        thread = threading.Thread(target=http.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setitem(module.URLS, NAME, f"http://127.0.0.1:{http.server_port}/{NAME}.pth")
+        monkeypatch.setitem(PUBLISHED, f"{NAME}.pth", hashlib.sha256(state.contents).hexdigest())
+        yield state
+        http.shutdown()
+        thread.join()
+
+
+def test_downloaded_once(server, capsys):
+    network = build_darionet(8, 1, 4, NAME)
+    assert (server.folder / f"{NAME}.pth").read_bytes() == server.contents
+    assert [path.name for path in server.folder.iterdir()] == [f"{NAME}.pth"]
+    assert NAME in capsys.readouterr().out
+    path = server.folder.parent / "mine.pt"
+    save_weights(network, path, OURS)
+    assert list(load_upscalers([str(path)], NAME)) == ["ESRGAN", "DarioNet"]
+    enlarged = open_restore(NAME, Reduction(0.5), "cpu").network
+    assert enlarged.conv_first.weight.equal(network.conv_first.weight)
+    assert server.asked == 1
+
+
+def test_what_is_not_the_whole_published_file_is_removed(server, monkeypatch):
+    server.cuts = [1000]
+    with pytest.raises(InputError, match=rf"{NAME} can't be downloaded .* put {NAME}\.pth into") as error:
+        published_file(NAME)
+    assert not list(server.folder.iterdir()) and "\n" not in str(error.value)
+    fetch = torch.hub.download_url_to_file
+
+    def fetch_beside_another(url, path, *arguments):
+        fetch(url, path, *arguments)  # another process, just before
+        raise FileExistsError("as a file system says that can't rename over a file")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fetch_beside_another)
+    assert published_file(NAME) == str(server.folder / f"{NAME}.pth")
+
+
+def test_without_a_network_it_says_which_file_to_put_where(start, experiment, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(experiment / "torch"))
+    monkeypatch.setitem(module.URLS, NAME, "http://127.0.0.1:9/x.pth")  # nobody listens there
+    refused = start("train_darionet", "--set", f"darionet.initial_weights={NAME}")
+    one_line(refused, "http://127.0.0.1:9/x.pth", f"put {NAME}.pth into {experiment / 'torch/hub/checkpoints'}")
+    save_weights(RRDBNet(8, 1, 4), "DarioNet.pt", OURS)
+    evaluated = start("test", "--set", f"darionet.initial_weights={NAME}")  # needs no start
+    assert evaluated.code == 0 and "Note: no row for darionet.initial_weights" in evaluated.out + evaluated.err
+
+
+def test_every_name_has_its_hash():
+    for name, url in module.URLS.items():
+        assert url.endswith(f"/{name}.pth") and re.fullmatch("[0-9a-f]{64}", PUBLISHED[f"{name}.pth"])

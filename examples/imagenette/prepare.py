@@ -17,7 +17,7 @@ import tarfile
 
 from torchvision.datasets import Imagenette
 
-from experiment.parameters import ArgumentParser, run_script
+from experiment.script import ArgumentParser, run_script
 from models.errors import InputError
 
 

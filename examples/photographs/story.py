@@ -17,10 +17,11 @@ import torch
 from experiment import plots
 from experiment.data import ImageTree, Transform, to_float
 from experiment.metrics import BASELINE, ORIGINAL, OURS, SMALL
-from experiment.parameters import read_parameters, run_script, script_parser
+from experiment.parameters import read_parameters
 from experiment.runtime import start_runtime
+from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
-from models.darionet import load_rrdbnet, prepare
+from models.darionet import load_rrdbnet, to_device
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.scaler import Reduction
 
@@ -37,7 +38,7 @@ def main() -> int:
     parameters = read_parameters(arguments.parameters or HERE / "parameters.json", arguments.set)
     t, runtime = parameters.transformations, start_runtime(parameters.test.precision)
     photographs = ImageTree(str(HERE / "free"), Transform(t.resize_size, t.val_crop_size))
-    classifier = prepare(open_classifier(**parameters.classifier[0].model_dump()), runtime.device)
+    classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     targets = photographs.targets(classifier.class_names, required=True)
     files = {"Real-ESRGAN": arguments.esrgan, OURS: parameters.darionet.weights}
     networks = {name: load_rrdbnet(file, runtime.device).eval() for name, file in files.items() if file}

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
-from experiment.parameters import ArgumentParser, run_script
 from experiment.sampling import prepare_target, share, write_manifest
+from experiment.script import ArgumentParser, run_script
 from models.errors import InputError
 
 TEN_CLASSES = (

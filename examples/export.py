@@ -1,59 +1,69 @@
-"""What leaves the project: the generator, or the chain from small images to scores, for other programs."""
+"""Writes the network for other programs, or the chain from small images to the classifier's scores.
+
+    python examples/export.py DarioNet.onnx                      (N,3,h,w) -> (N,3,4h,4w), any N, h and w
+    python examples/export.py chain.onnx --with-classifier       from the small image to the classifier's scores
+    python examples/export.py DarioNet.safetensors               parameters, and what they were trained for
+    python examples/export.py DarioNet.onnx --weights assets/logs/train_20260101-120000/best.pt
+
+ONNX needs onnx, onnxscript and onnxruntime (pip install); safetensors needs safetensors.
+"""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
+from experiment.parameters import parameters_or_shipped
+from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import load_upscalers, trained_for
+from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 from models.pipeline import Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.weights import generator_size, sha256_of
+from models.weights import generator_size, sha256_of, trained_for
 
 SUFFIXES = (".onnx", ".safetensors")
 SHAPES = ((1, 3, 16, 16), (2, 3, 24, 20), (3, 3, 7, 33), (1, 3, 81, 54), (1, 3, 1, 1))  # at which parity is checked
 TOLERANCE = 1e-3  # of the largest value; a quarter of a step of 8-bit images
 
 
-def export(
-    path: Path, weights: str, side: int, scaler: dict, classifier: dict | None = None, *, overwrite: bool = False
-) -> None:
-    """Writes the generator of a weights file, or with a classifier the chain that ends in its scores.
-
-    Args:
-        path: .onnx, or .safetensors for the generator's parameters alone.
-        weights: a file of an RRDBNet x4.
-        side: of the square images that the classifier reads, pixels; small images that are not square are stretched.
-        scaler: interpolation and antialias of the Scaler before the classifier.
-        classifier: the arguments of open_classifier.
-        overwrite: replaces a file that is there.
-
-    Raises:
-        InputError: another kind of file, one that is there, a package that is missing, a network that can't be
-            exported or that gives other results elsewhere. The old file stands.
-    """
-    if path.suffix not in SUFFIXES or (classifier and path.suffix != ".onnx"):
-        raise InputError(f"{path}: --export writes .onnx, and .safetensors without a classifier")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: is there already; --overwrite replaces it")
-    refuse_unwritable(path, "--export")
-    network = load_upscalers([weights], None).popitem()[1].requires_grad_(False)
+def main() -> int:
+    parser = script_parser(__doc__)
+    parser.add_argument("file", type=Path, help="to write: .onnx, or .safetensors for the network's parameters alone")
+    parser.add_argument("--weights", metavar="FILE", help="the network (default: darionet.weights)")
+    parser.add_argument("--with-classifier", action="store_true", help="all from the small image to the scores")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that exists")
+    arguments = parser.parse_args()
+    path = arguments.file
+    parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
+    t, weights = parameters.transformations, arguments.weights or parameters.darionet.weights
+    if path.suffix not in SUFFIXES or (arguments.with_classifier and path.suffix != ".onnx"):
+        raise InputError(f"{path}: .onnx or .safetensors are written, and .safetensors without a classifier")
+    if path.exists() and not arguments.overwrite:
+        raise InputError(f"{path}: already exists; --overwrite replaces it")
+    refuse_unwritable(path, "the file to write")
+    network = load_rrdbnet(weights).eval().requires_grad_(False)
     about = metadata(network, weights)
     if path.suffix == ".safetensors":
         export_safetensors(network, path, about)
-    elif classifier is None:
+    elif not arguments.with_classifier:
         export_onnx(network, path, about, "rebuilt")
     else:
-        reader = open_classifier(**classifier)
-        reader.require(side, "transformations.val_crop_size")
-        about |= {"classifier": json.dumps(classifier), "class_names": json.dumps(reader.class_names)}
-        export_onnx(Chain(Upscale(network, **scaler), reader, side).eval(), path, about, "scores")
+        section = parameters.classifier.model_dump()
+        classifier = open_classifier(**section)
+        classifier.check(t.val_crop_size, "transformations.val_crop_size")
+        about |= {"classifier": json.dumps(section), "class_names": json.dumps(classifier.class_names)}
+        restore = Upscale(network, t.interpolation, t.antialias)
+        export_onnx(Chain(restore, classifier, t.val_crop_size).eval(), path, about, "scores")
+    print(path)
+    return 0
 
 
 class Chain(nn.Module):
@@ -71,14 +81,14 @@ class Chain(nn.Module):
 def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
     """What is said beside the parameters: size of the network, where they come from, what they were trained for."""
     sizes = zip(("features", "blocks", "growth"), map(str, generator_size(network.state_dict())), strict=True)
-    note = {key: value for key, value in trained_for(weights).items() if key != "sha256"}
+    note = trained_for(weights)
     about = {"architecture": "RRDBNet", **dict(sizes), "upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]"}
-    about |= {"source": Path(weights).name, "source_sha256": sha256_of(Path(weights))}
+    about |= {"source": Path(weights).name, "source_sha256": sha256_of(weights)}
     return about | ({"trained_for": json.dumps(note)} if note else {})
 
 
 def export_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> None:
-    """Writes parameters under the ESRGAN repository's key names, which `--weights` reads as well.
+    """Writes parameters under the ESRGAN repository's key names, which this project's scripts read as well.
 
     Raises:
         InputError: safetensors is not installed.
@@ -152,3 +162,7 @@ def check_parity(network: Callable[[Tensor], Tensor], contents: bytes, path: Pat
         print(f"{size}: onnxruntime differs from torch by {difference:.1e} of the largest value")
         if not difference <= TOLERANCE:
             raise InputError(f"{path}: not written, onnxruntime would give other results than torch on {size}")
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,488 @@
+"""A training run: its folder and locks, where it stands, its steps, what it saves, and how it is resumed exactly."""
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor, nn
+
+from experiment.data import Batch, ImageTree, batches
+from experiment.distillation import Losses, ema_update
+from experiment.metrics import write_csv, write_json
+from experiment.runtime import (
+    LOGS,
+    Runtime,
+    Stopper,
+    agreed_to_stop,
+    duration,
+    new_run_folder,
+    out_of_memory_is_one_line,
+    progress_bar,
+)
+from models.errors import InputError
+from models.files import remove_partials, replace, write_atomically
+from models.weights import load_file, save_to
+
+FILE, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "best.pt"
+VERSION = 3  # of the checkpoint
+BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
+UNREADABLE_SHARE, UNREADABLE_FREE = 0.001, 1000  # of more images than the second at most the first may be unreadable
+# A resumed run may change these: they alter neither the images nor the steps. Images and classifiers are compared by
+# what they are ("images", "classifier_weights"), batches by their size over all processes.
+FREE = ("test", "data", "classifier.weights", "training.batch_size", "training.epochs") + tuple(
+    f"training.{key}" for key in ("verbose", "save", "checkpoint_minutes", "tensorboard", "recompute", "compile")
+)
+
+
+@dataclass
+class State:
+    """Where a run stands: all that it remembers beside its networks, optimiser and scaler."""
+
+    epoch: int = 0  # the one in progress, from 0
+    batch: int = 0  # the next one of it
+    images: int = 0  # of the epoch so far, like the sums that follow
+    loss: float = 0.0
+    psnr_db: float = 0.0
+    seconds: float = 0.0
+    skipped: int = 0  # steps not taken: their loss was not finite
+    bad_in_a_row: int = 0
+    updates: int = 0  # of the averaged weights, in the whole run
+    best: float = math.inf  # validation loss
+    history: list[dict] = field(default_factory=list)  # a row per epoch
+    unreadable: dict[int, str] = field(default_factory=dict)  # index of a training image -> reason, in the whole run
+
+    def means(self) -> tuple[float, float, float]:
+        """Loss (infinite without images), PSNR in dB and images/s of the epoch so far."""
+        n = max(1, self.images)
+        return self.loss / n if self.images else math.inf, self.psnr_db / n, self.images / max(self.seconds, 1e-9)
+
+
+class Run:
+    """What every training loop repeats; the loop itself stays in its script.
+
+    Args:
+        kind: of run: the start of a new folder's name.
+        folder: of a run to resume; None for a new one.
+        parameters: all of them, as written to parameters.json.
+        shared: what else a resumed run has to share with this one; plain values.
+        network, optimizer: what is trained, and how.
+        average: a copy of the network for averaged weights, which move at `training.ema_decay`; None without.
+        output: the file that the script writes the best weights to, or None. No other run may write it meanwhile.
+
+    Attributes:
+        stopped: a signal asked to stop, and every process knows.
+        folder: None in torchrun's other processes.
+
+    Raises (on entering):
+        InputError: another run holds the folder or the output; no whole checkpoint; other parameters than the run's.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        folder: Path | None,
+        runtime: Runtime,
+        parameters: dict,
+        shared: dict,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: nn.Module | None,
+        output: str | None,
+    ):
+        self.kind, self.folder, self.runtime, self.output = kind, folder, runtime, output
+        self.parameters, self.training, self.shared = parameters, parameters["training"], shared
+        self.network, self.optimizer, self.average = network, optimizer, average
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.state, self.stopper, self.stopped = State(), Stopper(), False
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as exits:
+            exits.enter_context(self.stopper)
+            exits.enter_context(
+                out_of_memory_is_one_line(self.runtime, self.training["batch_size"], "training.batch_size")
+            )
+            is_new = self.folder is None
+            if is_new and self.runtime.is_main:
+                self.folder = new_run_folder(self.kind, job_suffix())
+            if self.runtime.is_main:  # before anything in the folder is touched
+                exits.enter_context(claimed(self.folder / FILE))
+                if self.output is not None:
+                    exits.enter_context(claimed(self.output))
+            if not is_new:
+                self.load()
+            if self.runtime.is_main:
+                remove_partials(self.folder)
+                write_json(self.folder / "parameters.json", self.parameters)
+                print(f"Run folder: {self.folder}")
+                if not is_new:
+                    print(f"Resumed at epoch {self.state.epoch + 1}, step {self.state.batch + 1}")
+            else:
+                self.folder = None
+            if is_new:
+                self.save()  # what can't be written should fail now, not after an epoch
+            self.saved_at = time.monotonic()
+            self.exits = exits.pop_all()
+        return self
+
+    def __exit__(self, *exception) -> bool | None:
+        return self.exits.__exit__(*exception)
+
+    def remembered(self) -> dict[str, object]:
+        """What a checkpoint holds beside the state, by name."""
+        return {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler} | (
+            {} if self.average is None else {"average": self.average}
+        )
+
+    def save(self) -> None:
+        """Writes the checkpoint; the one before is kept."""
+        if self.runtime.is_main:
+            states = {name: to_cpu(thing.state_dict()) for name, thing in self.remembered().items()}
+            finished = self.state.epoch >= self.training["epochs"]
+            resolved = json.dumps({"parameters": self.parameters} | self.shared)
+            save_checkpoint(
+                self.folder, states | {"state": asdict(self.state), "resolved": resolved, "finished": finished}
+            )
+        self.saved_at = time.monotonic()
+
+    def load(self) -> None:
+        checkpoint = load_checkpoint(self.folder)
+        resolved = json.loads(checkpoint["resolved"])
+        refuse_changes(resolved, {"parameters": self.parameters} | self.shared)
+        for name, thing in self.remembered().items():
+            thing.load_state_dict(checkpoint[name])
+        self.state = State(**checkpoint["state"])
+        was, now = resolved["parameters"]["training"]["epochs"], self.training["epochs"]
+        if now < self.state.epoch:
+            raise InputError(f"training.epochs {now}: the run has finished {self.state.epoch}: give more")
+        if now != was and self.training["schedule"] == "cosine" and self.runtime.is_main:
+            print(f"Note: the learning rate goes on as the cosine of {now} epochs; it was that of {was}")
+
+    def epochs(self) -> Iterator[int]:
+        """The epochs that are left, from 0; ends early after a stop signal."""
+        while self.state.epoch < self.training["epochs"] and not self.stopped:
+            yield self.state.epoch
+
+    def batches(self, dataset: ImageTree, of_epoch: list[list[int]], workers: int) -> Iterator[Batch]:
+        """This process's part of the batches of an epoch that are left; each has to be given to `step`.
+
+        `of_epoch` are all batches, over all processes. Saves every `training.checkpoint_minutes`; sets `stopped` and
+        ends after a stop signal.
+
+        Raises:
+            InputError: too many images can't be read, or too many losses in a row are not finite.
+        """
+        state, steps = self.state, len(of_epoch)
+        left = [self.runtime.part(batch) for batch in of_epoch[state.batch :]]
+        title = f"epoch {state.epoch + 1}/{self.training['epochs']}"
+        loading = batches(dataset, left, workers, self.runtime.device.type == "cuda", self.stopper)
+        with progress_bar(steps, title, self.training["verbose"], initial=state.batch) as bar:
+            begun = started = time.perf_counter()
+            first, estimated = state.batch, False
+            for batch in loading:
+                lost = len(state.unreadable)
+                yield batch
+                now = time.perf_counter()
+                state.seconds += now - started
+                started = now
+                bar.set_postfix_str("loss {:.4f}, {:.2f} dB, {:.1f} images/s".format(*state.means()), refresh=False)
+                bar.update()
+                if not estimated and now - begun > 5:  # seconds
+                    estimated = True
+                    to_go = steps * (self.training["epochs"] - state.epoch) - state.batch
+                    seconds = to_go * (now - begun) / (state.batch - first)
+                    bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
+                if len(state.unreadable) > lost:
+                    self.refuse_unreadable(dataset)
+                if time.monotonic() - self.saved_at > 60 * self.training["checkpoint_minutes"]:
+                    self.save()
+                if self.stopped:
+                    break
+        self.stopped = agreed_to_stop(self.runtime, self.stopper)
+
+    def step(self, losses: Losses | None, batch: Batch, learning_rate: float) -> None:
+        """Backward, average over the processes, clip, step, count. Not taken if loss or gradient are not finite.
+
+        `losses` is None if none of this process's part could be read; the step is that of one process with all parts.
+
+        Raises:
+            InputError: the tenth loss in a row is not finite.
+        """
+        runtime, state, own = self.runtime, self.state, len(batch.images)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, dtype=runtime.widest, device=runtime.device)  # loss and PSNR, over images
+        if losses is not None:
+            self.scaler.scale(losses.total).backward()
+            sums += torch.stack([losses.total.detach() * own, losses.psnr_db.sum()])
+        count, stops, unreadable = runtime.sum_numbers(own, self.stopper.requested, len(batch.unreadable))
+        state.batch += 1
+        if unreadable:
+            for part in runtime.gather(batch.unreadable):
+                state.unreadable.update(part)
+        if stops:
+            self.stopper.stop_with_others()
+            self.stopped = True
+        if not count:
+            return
+        average_gradients(self.network, own, count, runtime)
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.training["gradient_clip_norm"] or math.inf)
+        # The one time in a step that the host waits for the device.
+        total, psnr, norm = torch.cat([runtime.sum(sums), norm.to(sums).view(1)]).tolist()
+        taken = math.isfinite(total) and math.isfinite(norm)
+        # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
+        settling = self.scaler.is_enabled() and math.isfinite(total) and self.scaler.get_scale() >= 1
+        if taken:
+            self.scaler.step(self.optimizer)
+        if taken or self.scaler.is_enabled():
+            self.scaler.update()
+        if taken:
+            state.images += int(count)
+            state.loss += total
+            state.psnr_db += psnr
+            state.bad_in_a_row = 0
+            if self.average is not None:
+                ema_update(self.average, self.network, self.training["ema_decay"], state.updates)
+                state.updates += 1
+            return
+        state.skipped += 1
+        state.bad_in_a_row += not settling
+        if state.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
+            raise InputError(
+                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
+                "rate or training.precision float32, from this one's best.pt if it has one; the last checkpoint stands"
+            )
+
+    def refuse_unreadable(self, images: ImageTree) -> None:
+        """Lists the unreadable images; raises InputError if they are over 0.1 % of more than 1000, or all."""
+        lost, count = self.state.unreadable, len(images)
+        if self.runtime.is_main:
+            rows = [{"image": images.paths[i], "reason": reason} for i, reason in sorted(lost.items())]
+            write_csv(self.folder / "unreadable.csv", rows)
+        allowed = max(1, math.floor(UNREADABLE_SHARE * count)) if count > UNREADABLE_FREE else count - 1
+        if len(lost) > allowed:
+            remedy = "unreadable.csv in the run folder lists them; mend or remove them, and start a new run"
+            raise InputError(f"{len(lost)} of {count} training images can't be read: {remedy}")
+
+    def end_epoch(self, learning_rate: float, scores: dict) -> tuple[dict, bool]:
+        """The row of history.csv, and whether its validation loss is the best; the next epoch is in progress then."""
+        state = self.state
+        loss, psnr, speed = state.means()
+        row = {
+            "epoch": state.epoch + 1,
+            "learning_rate": learning_rate,
+            "train_loss": loss,
+            "train_psnr_db": psnr,
+            **scores,
+            "seconds": round(state.seconds, 2),
+            "images_per_second": round(speed, 2),
+            "skipped_steps": state.skipped,
+            "unreadable": len(state.unreadable),
+        }
+        improved = row["val_loss"] < state.best
+        kept = {name: getattr(state, name) for name in ("bad_in_a_row", "updates", "unreadable")}
+        self.state = State(
+            state.epoch + 1, history=[*state.history, row], best=min(state.best, row["val_loss"]), **kept
+        )
+        if self.runtime.is_main:
+            write_csv(self.folder / "history.csv", self.state.history)
+        return row, improved
+
+    def finish(self, command: str) -> int:
+        """Prints how the run ended; `command` resumes it. The exit code."""
+        state = self.state
+        if state.epoch < self.training["epochs"]:
+            self.save()
+            print(f"Stopped in epoch {state.epoch + 1}. To go on: {command} --resume {self.folder}\n{self.folder}")
+            return self.stopper.code
+        if state.unreadable and self.runtime.is_main:
+            print(f"{len(state.unreadable)} training images could not be read: {self.folder / 'unreadable.csv'}")
+        if lost := state.history[-1]["val_unreadable"]:
+            print(f"{lost} validation images could not be read and were not scored")
+        if not math.isfinite(state.best):
+            remedy = "lower training.learning_rate, or set training.precision to float32"
+            raise InputError(f"the validation loss was never finite, so no weights were written: {remedy}")
+        print(f"Weights of the best validation loss ({state.best:.4f}): {self.output or self.folder / BEST}")
+        print(self.folder)
+        return 0
+
+
+def average_gradients(network: nn.Module, own: int, count: float, runtime: Runtime) -> None:
+    """Turns gradients of means over each process's `own` images into that of the mean over all `count` images."""
+    if runtime.processes == 1:
+        return
+    parameters = list(network.parameters())
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = runtime.sum(torch.cat([gradient.flatten() for gradient in gradients]) * (own / count))
+    for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = torch.empty_like(parameter).copy_(gradient.view_as(parameter))  # in the parameter's layout
+
+
+# Checkpoints
+
+
+def save_checkpoint(folder: Path, state: dict) -> None:
+    """Writes FOLDER/checkpoint.pt, tensors and plain values; the one before is checkpoint_previous.pt.
+
+    Whenever it is killed, a whole one of the two stands.
+
+    Raises:
+        OSError: it can't be written; the one before stands.
+    """
+    path, previous = folder / FILE, folder / PREVIOUS
+
+    def write(file) -> None:
+        save_to(file, {"version": VERSION} | state)
+        if is_whole(path):  # a damaged one must not take the place of a good one
+            try:
+                previous.unlink(missing_ok=True)
+                os.link(path, previous)
+            except OSError:  # no hard links here
+                replace(path, previous)
+
+    write_atomically(path, write)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is there, and the checksums that torch wrote into its archive hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except Exception:  # zipfile reports damage as one of many exceptions
+        return False
+
+
+def load_checkpoint(folder: Path) -> dict:
+    """What `save_checkpoint` wrote; the one before, and a line that says so, if the last one is damaged.
+
+    Raises:
+        InputError: no checkpoint, or none that is whole.
+    """
+    paths = [path for path in (folder / FILE, folder / PREVIOUS) if path.is_file()]
+    if not paths:
+        raise InputError(f"{folder}: no {FILE} to resume from; start without --resume")
+    state, fault = None, InputError(f"{paths[0]}: not a whole checkpoint (its checksums differ), nor is there another")
+    for path in filter(is_whole, paths):
+        try:
+            state = load_file(path)
+            break
+        except InputError as error:  # damage between the checksums
+            fault = error
+    if state is None:
+        raise fault
+    if path.name == PREVIOUS:
+        what = "is damaged" if paths[0] != path else "is missing"
+        print(f"{folder / FILE} {what}: going on from the one before, {path}")
+    if not isinstance(state, dict) or state.get("version") != VERSION:
+        raise InputError(
+            f"{path}: not a checkpoint of this version of the program: go on with the version that wrote it, or start "
+            "a new run"
+        )
+    return state
+
+
+def refuse_changes(before: dict, now: dict, prefix: str = "") -> None:
+    """Raises InputError for the first value that matters and differs from the run's."""
+    for key in sorted(before.keys() | now.keys()):
+        name = prefix + key
+        old, new = before.get(key), now.get(key)
+        if any(f"{name}.".startswith(f"{free}.") for free in FREE):
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            refuse_changes(old, new, "" if key == "parameters" else f"{name}.")
+        elif old != new:
+            raise InputError(f"the run was started with {name} {old}, now it is {new}: set it back, or start a new run")
+
+
+# Which run
+
+
+def run_to_resume(choice: str | None, kind: str = "train") -> Path | None:
+    """The run to go on with: the job's own if torchrun starts it again, that of `--resume`, or None.
+
+    Raises:
+        InputError: there is none that "latest" could mean.
+    """
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (runs := runs_of(f"{kind}_*{job_suffix()}")):
+        return runs[-1]  # a process was lost
+    if choice is None:
+        return None
+    if choice != "latest":
+        path = Path(choice)
+        path = path.parent if path.is_file() else path
+        if not any((path / name).is_file() for name in (FILE, PREVIOUS)):
+            raise InputError(f"{path}: no {FILE} to resume from; start without --resume")
+        return path
+    runs = runs_of(f"{kind}_*")
+    if not runs:
+        raise InputError(f"{LOGS}: no training run with a checkpoint; start without --resume")
+    return next((run for run in reversed(runs) if not is_finished(run)), runs[-1])
+
+
+def runs_of(pattern: str) -> list[Path]:
+    """The run folders that match, by the time of their last checkpoint."""
+    times = {}
+    for path in LOGS.glob(f"{pattern}/checkpoint*.pt"):
+        times[path.parent] = max(times.get(path.parent, 0), path.stat().st_mtime_ns)
+    return sorted(times, key=lambda run: (times[run], run))
+
+
+def is_finished(run: Path) -> bool:
+    """Whether its last checkpoint says so."""
+    with contextlib.suppress(InputError):
+        state = load_file(run / FILE)
+        return isinstance(state, dict) and state.get("finished") is True
+    return False
+
+
+def job_suffix() -> str:
+    """The name of torchrun's job for the run's folder, the same after a restart; empty without torchrun."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if name == "none":  # torchrun's default over several machines
+        name = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
+    return "_" + re.sub(r"[^A-Za-z0-9-]", "-", name)[:60] if name else ""
+
+
+@contextlib.contextmanager
+def claimed(path: str | Path) -> Iterator[None]:
+    """Holds `path` for this process, by a lock on a hidden file beside it that ends with the process.
+
+    Raises:
+        InputError: another process holds it.
+    """
+    path = Path(os.path.realpath(path))
+    lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise InputError(f"{path}: another run is writing it: wait for that run, or name another file") from None
+    except (OSError, NotImplementedError):  # a file system without locks; what can't be written says so itself
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
+
+
+def to_cpu(state: object) -> object:
+    """A copy of nested dicts and lists with every tensor on the CPU."""
+    if isinstance(state, Tensor):
+        return state.detach().cpu().clone()
+    if isinstance(state, dict):
+        return {key: to_cpu(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [to_cpu(value) for value in state]
+    return state
