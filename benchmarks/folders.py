@@ -1,15 +1,12 @@
-"""Measures how fast try_darionet.py --small reads a folder, beside the evaluation, and beside one image at a time.
+"""Measures how fast try_darionet.py --small reads a folder: in batches and one at a time, in float32 and in bf16.
 
-    python -m benchmarks.folders                                2000 thumbnails of 20 pixels, a small network
-    python -m benchmarks.folders --full --images 100 --turns 1  of 81 pixels, the published network and ResNet50
-    python -m benchmarks.folders --save                         the rebuilt images are written too
+    python -m benchmarks.folders                      400 thumbnails of 20 pixels, a small network
+    python -m benchmarks.folders --full --images 20   of 81 pixels, the published network and ResNet50
 
-Thumbnails are drawn JPEGs, all square ("equal") or of 25 sizes ("mixed": the longer side up to 1.8 times the shorter).
-read_folder reads them as a user's folder: listing, workers' start, files, both variants, predictions.csv. "evaluation"
-is what results.json of test.py gives: model time alone, of the same two variants on as many images that are reduced to
-the size of the equal thumbnails. "one at a time" is batch size 1 without workers. Network and classifier have random
-weights. The measurements take turns, each with a part of the images; a rate is all images over all seconds. The last
-line is JSON.
+Thumbnails are drawn JPEG files, all square ("equal") or of 25 sizes ("mixed": the longer side up to 1.8 times the
+shorter). read_folder reads them as a user's folder: listing, workers' start, files, both rows, predictions.csv. "alone"
+is batch size 1 without workers. Network and classifier have random weights. The measurements take turns; a rate is all
+images over all seconds. The last line is JSON.
 """
 
 import argparse
@@ -24,118 +21,75 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torchvision.models import get_model
-from tqdm import tqdm
 
-from benchmarks.correctness import random_network
-from benchmarks.loading import draw
-from experiment.data import ImageTree, Transform, batches, epoch_batches
-from experiment.evaluation import Evaluation, evaluate
+from benchmarks.correctness import drawn_images, frozen, random_classifier, random_network
 from experiment.metrics import BASELINE
 from experiment.parameters import Parameters
-from experiment.runtime import Runtime, Stopper, start_runtime
-from models.classifier import open_classifier, save_classifier
+from experiment.runtime import Stopper, start_runtime
 from models.darionet import load_upscalers, to_device
+from models.images import to_image
 from models.pipeline import Enlarge, Pipeline, unchanged
-from models.scaler import Reduction, reduced_length
+from models.scaler import reduced_length
 from try_darionet import read_folder
 
 SMALL = ((32, 4, 16), "resnet18", 64)  # network, classifier, pixels of a crop
 FULL = ((64, 23, 32), "resnet50", 256)
-CLASSES = [f"class {i}" for i in range(1000)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=2000, help="in a folder, over all turns")
-    parser.add_argument("--alone", type=int, default=200, help="of them read one at a time")
-    parser.add_argument("--turns", type=int, default=4)
+    parser.add_argument("--images", type=int, default=400, help="in a folder")
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--full", action="store_true", help="23 blocks, ResNet50, crops of 256 pixels")
     parser.add_argument("--batch", type=int, default=60)
-    parser.add_argument("--workers", type=int, default=4)
-    parser.add_argument("--save", action="store_true", help="write the rebuilt images too")
+    parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
     size, architecture, crop = FULL if arguments.full else SMALL
     side = reduced_length(crop, 0.32)
     longer = [round(side * (1 + i / 15)) for i in range(13)]
     sizes = {"equal": [(side, side)], "mixed": sorted({s for n in longer for s in ((n, side), (side, n))})}
-
-    def parameters(batch: int, workers: int) -> Parameters:
-        return Parameters.model_validate(
-            {
-                "transformations": {"resize_size": crop, "train_crop_size": crop, "val_crop_size": crop},
-                "test": {"batch_size": batch, "precision": "auto"},
-                "data": {"workers": workers},
-                "classifier": {"architecture": architecture, "weights": "classifier.pt"},
-                "darionet": {"initial_weights": None, "weights": "network.pt"},
-            }
-        )
-
-    seconds, images = Counter(), Counter()
+    cases = [("equal, float32", arguments.batch, "float32"), ("mixed, float32", arguments.batch, "float32")]
+    cases += [("equal, auto", arguments.batch, "auto"), ("equal, float32, alone", 1, "float32")]
+    seconds = Counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         torch.save(random_network(*size).state_dict(), "network.pt")
-        classifier = get_model(architecture, weights=None, num_classes=len(CLASSES))
-        save_classifier(classifier.state_dict(), CLASSES, "classifier.pt")
-        together, alone = parameters(arguments.batch, arguments.workers), parameters(1, 0)
-        runtime = start_runtime("auto")
-        reads = to_device(open_classifier(architecture, "classifier.pt"), runtime.device)
-        restores = {BASELINE: Enlarge("bilinear"), **load_upscalers(["network.pt"], None, runtime.device)}
-        rows = [Pipeline(name, reads, unchanged, restore) for name, restore in restores.items()]
-        print(f"Machine: {runtime.describe()}; network {size}, {architecture}, {side} -> {crop} pixels")
-        drawn = [Image.open(path).convert("RGB") for path in draw(Path("drawn"))]
-        for turn in range(arguments.turns):
-            count = arguments.images // arguments.turns
-            draw_thumbnails(Path("full", str(turn)), drawn, count, [(crop, crop)])
-            seconds["evaluation"] += evaluation(rows, runtime, f"full/{turn}", together)
-            images["evaluation"] += count
-            for kind in sizes:
-                few = max(1, arguments.alone // arguments.turns)
-                for name, p, n in ((kind, together, count), (f"{kind}, alone", alone, few)):
-                    thumbnails = Path(name, str(turn))
-                    draw_thumbnails(thumbnails, drawn, n, sizes[kind])
-                    out = Path("rebuilt", thumbnails) if arguments.save else None
-                    seconds[name] += reading(rows, runtime, thumbnails, p, out)
-                    images[name] += n
-            print(f"turn {turn + 1}:", ", ".join(f"{name} {images[name] / seconds[name]:.2f}" for name in images))
-    found = {name: images[name] / seconds[name] for name in images}
-    found |= {
-        "equal / evaluation": found["equal"] / found["evaluation"],
-        "equal / alone": found["equal"] / found["equal, alone"],
-        "mixed / alone": found["mixed"] / found["mixed, alone"],
-    }
+        for kind, choice in sizes.items():
+            draw_thumbnails(Path(kind), arguments.images, crop, choice)
+        auto = start_runtime("auto")
+        classifier = to_device(frozen(random_classifier(architecture)), auto.device)
+        restores = {BASELINE: Enlarge("bilinear"), **load_upscalers(["network.pt"], None, auto.device)}
+        rows = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
+        print(f"Machine: {auto.describe()}; network {size}, {architecture}, {side} -> {crop} pixels")
+        for _ in range(arguments.turns):
+            for name, batch, precision in cases:
+                parameters = Parameters.model_validate(
+                    {
+                        "transformations": {"resize_size": crop, "train_crop_size": crop, "val_crop_size": crop},
+                        "test": {"batch_size": batch},
+                        "data": {"workers": 0 if batch == 1 else arguments.workers},
+                    }
+                )
+                started = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    path, runtime = Path(name.partition(",")[0]), start_runtime(precision)
+                    assert read_folder(path, rows, ["network.pt"], parameters, runtime, Stopper()) == 0
+                seconds[name] += time.perf_counter() - started
+    found = {name: arguments.images * arguments.turns / seconds[name] for name, _, _ in cases}
+    found |= {"auto / float32": found["equal, auto"] / found["equal, float32"]}
+    found |= {"together / alone": found["equal, float32"] / found["equal, float32, alone"]}
     for name, value in found.items():
-        print(f"{name:20} {value:8.2f}" + ("" if "/" in name else " images/s"))
+        print(f"{name:22} {value:8.2f}" + ("" if "/" in name else " images/s"))
     print(json.dumps(found))
     return 0
 
 
-def draw_thumbnails(folder: Path, drawn: list[Image.Image], count: int, sizes: list[tuple[int, int]]) -> None:
+def draw_thumbnails(folder: Path, count: int, crop: int, sizes: list[tuple[int, int]]) -> None:
     """`count` JPEG files of `sizes` (width, height), mixed at random (seeded)."""
     folder.mkdir(parents=True)
     rng = random.Random(0)
+    drawn = [to_image(image) for image in drawn_images(min(count, 32), crop)]
     for i in range(count):
         drawn[i % len(drawn)].resize(rng.choice(sizes)).save(folder / f"{i:06d}.jpg", quality=90)
-
-
-def evaluation(rows: list[Pipeline], runtime: Runtime, folder: str, parameters: Parameters) -> float:
-    """Seconds of model time over both variants, as in results.json."""
-    crop = parameters.transformations.val_crop_size
-    dataset = ImageTree(folder, Transform(crop, crop))
-    lists = epoch_batches(len(dataset), parameters.test.batch_size, seed=0, epoch=0, shuffle=True, limit=None)
-    arriving = batches(dataset, lists, parameters.data.workers)
-    pipelines = [Pipeline(row.name, row.classifier, Reduction(), row.restore) for row in rows]
-    result, targets, bar = Evaluation(), [0] * len(dataset), tqdm(disable=True)
-    evaluate(pipelines, arriving, dataset, targets, runtime, Stopper(), bar, result, keep_rows=False)
-    return sum(result.seconds.values())
-
-
-def reading(rows: list[Pipeline], runtime: Runtime, folder: Path, parameters: Parameters, out: Path | None) -> float:
-    """Seconds of reading a folder, from its listing to the table."""
-    started = time.perf_counter()
-    with contextlib.redirect_stdout(io.StringIO()):
-        assert read_folder(folder, rows, ["network.pt"], parameters, runtime, Stopper(), out) == 0
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

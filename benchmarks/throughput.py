@@ -4,9 +4,9 @@
     python -m benchmarks.throughput --quick         4 blocks
     python -m benchmarks.throughput --size 32 3 16 --side 64 --batch 16      the network of examples/shapes
 
-What runs is the program's own code, `step` and `validate`, on random images and random weights; the plain
-reference is benchmarks/plain.py with the same weights. Loading and inference are compared with spandrel's ESRGAN, where
-spandrel is installed. Correctness comes first (benchmarks/correctness.py): nothing is timed that gives wrong numbers.
+What runs is the program's own code, `Run.step` and `validate`, on random images and random weights; the plain
+reference is benchmarks/plain.py with the same weights. Correctness comes first (benchmarks/correctness.py): nothing is
+timed that gives wrong numbers.
 The last line is JSON: train_ratio and evaluate_ratio are images/s over the plain reference's, at the last batch size;
 `batches` has all of them.
 
@@ -21,7 +21,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -49,7 +48,7 @@ from experiment.distillation import distillation_loss, validate
 from experiment.run import Run
 from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
 from models.classifier import FrozenClassifier
-from models.darionet import load_rrdbnet, to_device
+from models.darionet import to_device
 from models.rrdbnet import ResidualDenseBlock, RRDBNet
 
 LEARNING_RATE = 1e-5
@@ -81,21 +80,19 @@ def main() -> int:
     device = runtime.device
     print(f"Machine: {machine(runtime)}; torch {torch.__version__}, torchvision {torchvision.__version__}")
     result = {"device": runtime.describe(), "torch": torch.__version__, "size": size, "side": arguments.side}
-    with tempfile.TemporaryDirectory() as folder:
-        if not arguments.no_checks:
-            print("\nCorrectness: |difference| / |expected|")
-            if print_checks(all_checks(device.type)):
-                return 1
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", IMPORTS], check=True)
-        result["import_seconds"] = time.perf_counter() - started
-        print(f"\nStart-up: {result['import_seconds']:.1f} s for the imports of train_darionet.py")
-        result |= peaks(runtime)
-        result |= loading_and_inference(size, arguments, runtime, Path(folder))
-        batches = []
-        for batch in arguments.batch or ([2] if device.type == "cpu" else [16, 64]):
-            batches.append({"batch": batch} | measure(size, batch, arguments, runtime, result))
-        result |= batches[-1] | {"batches": batches}
+    if not arguments.no_checks:
+        print("\nCorrectness: |difference| / |expected|")
+        if print_checks(all_checks(device.type)):
+            return 1
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", IMPORTS], check=True)
+    result["import_seconds"] = time.perf_counter() - started
+    print(f"\nStart-up: {result['import_seconds']:.1f} s for the imports of train_darionet.py")
+    result |= peaks(runtime)
+    batches = []
+    for batch in arguments.batch or ([2] if device.type == "cpu" else [16, 64]):
+        batches.append({"batch": batch} | measure(size, batch, arguments, runtime, result))
+    result |= batches[-1] | {"batches": batches}
     print(json.dumps(result))
     return 0
 
@@ -335,57 +332,6 @@ def saved_bytes(call: Callable[[], None]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         call()
     return largest
-
-
-@torch.no_grad()
-def loading_and_inference(size: tuple[int, int, int], arguments, runtime: Runtime, folder: Path) -> dict[str, float]:
-    """Reading a weights file and rebuilding one image, against spandrel's ESRGAN."""
-    try:
-        from spandrel import ModelLoader
-    except ImportError:
-        print("\nLoading and inference: spandrel is not installed (pip install spandrel), skipped")
-        return {"spandrel": "not installed"}
-    if size[2] != 32:
-        print("\nLoading and inference: spandrel reads networks of growth 32 alone, skipped")
-        return {"spandrel": "growth is not 32"}
-    device = runtime.device
-    path = folder / "generator.pth"
-    torch.save(random_network(*size).state_dict(), path)
-    seconds: dict[str, list[float]] = {"ours": [], "spandrel": []}
-    for _ in range(3):
-        started = time.perf_counter()
-        ours = load_rrdbnet(str(path), device)
-        synchronize(device)
-        seconds["ours"].append(time.perf_counter() - started)
-        started = time.perf_counter()
-        theirs = ModelLoader(device).load_from_file(path).model.eval()
-        synchronize(device)
-        seconds["spandrel"].append(time.perf_counter() - started)
-    side = max(1, int(arguments.side * 0.32 + 1e-6))
-    small = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
-    last = small.contiguous(memory_format=torch.channels_last)
-
-    def lower() -> Tensor:
-        with runtime.autocast():
-            return ours(last)
-
-    calls = {"ours_float32": lambda: ours(last), f"ours_{runtime.precision}": lower, "spandrel": lambda: theirs(small)}
-    expected = theirs(small)
-    difference = ((ours(last) - expected).norm() / expected.norm()).item()
-    assert difference < 1e-5, f"spandrel rebuilds another image: {difference}"
-    rates: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(1 + max(2, arguments.rounds // 2)):
-        for name, call in calls.items():
-            rate = len(small) / timed(call, device, 1)
-            if turn:
-                rates[name].append(rate)
-    found = {f"load_{name}_seconds": statistics.median(values) for name, values in seconds.items()}
-    found |= {f"rebuild_{name}": statistics.median(values) for name, values in rates.items()}
-    print(f"\nLoading, s: ours {found['load_ours_seconds']:.2f}, spandrel {found['load_spandrel_seconds']:.2f}")
-    print(f"Rebuilding {side}x{side}, images/s (they differ by {difference:.1e}):")
-    for name, values in rates.items():
-        print(f"  {name:13s} {statistics.median(values):8.3f} ({min(values):.3f} to {max(values):.3f})")
-    return found
 
 
 if __name__ == "__main__":
