@@ -112,7 +112,7 @@ def main() -> int:
             is_cuda = runtime.device.type == "cuda"
             arriving = batches(dataset, chosen, parameters.data.workers, is_cuda, stopper)
             bar = progress_bar(len(chosen), "test", options.verbose)
-            with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
+            with bar, out_of_memory_is_one_line(options.batch_size, "test.batch_size"):
                 evaluate(
                     pipelines, arriving, dataset, targets, runtime, stopper, bar, result, epoch == 0 or bool(limit)
                 )

@@ -207,7 +207,7 @@ def read_folder(
     arriving = batches(dataset, parts, parameters.data.workers, stopper=stopper)
     bar = progress_bar(len(chosen), "reading", unit="image")
     try:
-        with bar, out_of_memory_is_one_line(runtime, batch_size, "test.batch_size"):
+        with bar, out_of_memory_is_one_line(batch_size, "test.batch_size"):
             for batch in batches_of_one_size(arriving, full_batch, WAITING * pixels):
                 if stopper.requested:
                     break
