@@ -149,9 +149,10 @@ class ImageTree(Dataset):
         if "" in unknown:
             raise InputError(f"{self.root}: {self.paths[folders.index('')]} lies beside the class folders, not in one")
         if unknown:
+            shown = ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10)
             raise InputError(
-                f"{self.root}: the classifier has no class named {', '.join(unknown[:10])}; it knows "
-                f"{len(class_names)}, such as {', '.join(class_names[:3])}: rename the folders to its names"
+                f"{self.root}: the classifier has no class named {shown}; it knows {len(class_names)}, "
+                f"such as {', '.join(class_names[:3])}: rename the folders to its names"
             )
         return [indices[folder] for folder in folders]
 
