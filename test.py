@@ -132,7 +132,7 @@ def main() -> int:
             if is_small:
                 arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
             bar = progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image")
-            with bar, out_of_memory_is_one_line(runtime, options.batch_size, "test.batch_size"):
+            with bar, out_of_memory_is_one_line(options.batch_size, "test.batch_size"):
                 full_side = side if is_small else None
                 evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
             if stopped := agreed_to_stop(runtime, stopper):

@@ -209,7 +209,7 @@ def read_folder(
     arriving = small_batches(dataset, chosen, parameters.data.workers, batch_size, small_side, stopper)
     bar = progress_bar(len(chosen), "reading", unit="image")
     try:
-        with bar, out_of_memory_is_one_line(runtime, batch_size, "test.batch_size"):
+        with bar, out_of_memory_is_one_line(batch_size, "test.batch_size"):
             for batch in arriving:
                 if stopper.requested:
                     break

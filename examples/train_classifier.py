@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.parameters import read_parameters
 from experiment.run import claimed
-from experiment.runtime import duration, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, published_weights, save_classifier
 from models.darionet import to_device
@@ -108,10 +108,6 @@ def main() -> None:
                     optimizer.step()
                     schedule.step()
                     loss_sum, count = loss_sum + loss.item() * len(images), count + len(images)
-                    if bar.n == 5 and not epoch:
-                        bar.write(
-                            f"Training to go: {duration((time.perf_counter() - begun) / 5 * steps * arguments.epochs)}"
-                        )
 
             reader.network.load_state_dict(network.state_dict())
             val_loss = right = val_count = 0

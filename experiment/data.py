@@ -8,7 +8,6 @@ import os
 import random
 import re
 import signal
-import stat
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -32,7 +31,7 @@ READ_AT_ONCE = 16  # small images that a worker reads before it hands them over
 WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
 LARGEST_SMALL = 1.5  # times the crop: an image that is larger is not small
 SMALLEST_LARGE = 0.5  # times the crop: an image that is smaller is no original
-LONGEST = 8  # sides; of a longer strip only the middle is used, or a 20000x1 image would be resized to gigabytes
+LONGEST = 8  # sides; only the middle of a longer strip is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
 POLL = 0.2  # seconds: how often a process that waits for a batch looks for stop signals and dead workers
@@ -69,13 +68,9 @@ class Transform(NamedTuple):
 
 
 class Whole(NamedTuple):
-    """Image -> uint8 (3,H,W), nothing cut: what is small already, with a shorter side of at most `limit` pixels.
+    """Image -> uint8 (3,H,W), nothing cut: what is small already. Larger images and strips are unreadable."""
 
-    Raises:
-        UnreadableImage: larger than that, or a strip.
-    """
-
-    limit: int
+    limit: int  # pixels of the shorter side
 
     def __call__(self, image: Image.Image, index: int) -> Tensor:
         size = f"{image.width}x{image.height} pixels"
@@ -87,11 +82,7 @@ class Whole(NamedTuple):
 
 
 def photograph(path: str | Path, resize: int, crop: int) -> Tensor:
-    """An image of full size as uint8 (3,crop,crop), cropped as for the test.
-
-    Raises:
-        UnreadableImage: no image, or one that looks small already.
-    """
+    """An image of full size as uint8 (3,crop,crop), cropped as for the test; what looks small is unreadable."""
     image = read_image(path)
     if min(image.size) < SMALLEST_LARGE * crop:
         raise UnreadableImage(f"{image.width}x{image.height} pixels: it looks small already; add --small")
@@ -105,11 +96,7 @@ class Batch(NamedTuple):
 
 
 class ImageTree(Dataset):
-    """The images below `root`. Folders directly in it are classes, if there are any.
-
-    Raises:
-        InputError: no such folder, or no images.
-    """
+    """The images below `root`. Folders directly in it are classes, if there are any."""
 
     def __init__(self, root: str, transform: Transform | Whole | None = None):
         self.root = root
@@ -134,12 +121,11 @@ class ImageTree(Dataset):
         digest = hashlib.sha256()
         sampled = set(random.Random(0).sample(range(len(self)), min(SAMPLED, len(self))))
         for i, path in enumerate(self.paths):
-            size, ends = -1, b""
+            full, size, ends = Path(self.root, path), -1, b""
             with contextlib.suppress(OSError):  # a link that leads nowhere, a file that may not be read
-                found = os.stat(os.path.join(self.root, path))
-                size = found.st_size
-                if i in sampled and stat.S_ISREG(found.st_mode):
-                    with Path(self.root, path).open("rb") as file:
+                size = full.stat().st_size
+                if i in sampled and full.is_file():
+                    with full.open("rb") as file:
                         ends = file.read(4096)
                         file.seek(max(0, size - 4096))
                         ends += file.read(4096)
@@ -153,11 +139,8 @@ class ImageTree(Dataset):
     def targets(self, class_names: list[str], required: bool = False) -> list[int]:
         """The classifier's index of every image's class, by the name of its folder; NO_LABEL without class folders.
 
-        Names are compared in NFC: some systems take letters and their accents apart.
-
-        Raises:
-            InputError: class folders that the classifier does not know, images beside them, or no class folders if
-                labels are `required`.
+        Names are compared in NFC: some systems take letters and their accents apart. A folder that the classifier
+        does not know is refused, as are images beside the folders, and no folders at all if labels are `required`.
         """
         indices = {unicodedata.normalize("NFC", name): i for i, name in enumerate(class_names)}
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
@@ -170,7 +153,7 @@ class ImageTree(Dataset):
         if "" in unknown:
             raise InputError(f"{self.root}: {self.paths[folders.index('')]} lies beside the class folders, not in one")
         if unknown:
-            shown = ", ".join(unknown[:10]) + (f" and {len(unknown) - 10} more" if len(unknown) > 10 else "")
+            shown = ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10)
             raise InputError(
                 f"{self.root}: the classifier has no class named {shown}; it knows {len(class_names)}, "
                 f"such as {', '.join(class_names[:3])}: rename the folders to its names"
@@ -205,9 +188,6 @@ def batches(
 
     A batch whose images differ in size comes as several, one per size. A stop signal ends the batches, also while
     workers are waited for; one of several processes goes on, since they agree on a stop at their next step.
-
-    Raises:
-        OneProcessError: a worker was killed, or the machine refuses so many processes or open files.
     """
     workers, iterator = min(workers, len(batch_lists)), None
     end = partial(kill_processes, {*multiprocessing.active_children()})
@@ -288,9 +268,8 @@ def start_worker(number: int) -> None:
 def batches_of_one_size(arriving: Iterable[Batch], full: Callable[[int, int], int], waiting: int) -> Iterator[Batch]:
     """Joins batches whose images have the same size to full ones, without padding; the last of a size may hold fewer.
 
-    Args:
-        full: (height, width) -> images of a full batch, at least 1.
-        waiting: pixels that may wait for more of their size; over that the largest group goes as it is.
+    `full` maps (height, width) to the images of a full batch. If more than `waiting` pixels wait for more of their
+    size, the largest group goes as it is.
     """
     groups: dict[tuple[int, int], Batch] = {}
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import Tensor, nn
+from torch import nn
 
 from experiment.data import Batch, ImageTree, batches
 from experiment.distillation import Losses, ema_update
@@ -23,7 +23,6 @@ from experiment.runtime import (
     Runtime,
     Stopper,
     agreed_to_stop,
-    duration,
     new_run_folder,
     out_of_memory_is_one_line,
     progress_bar,
@@ -35,7 +34,7 @@ from models.weights import load_file, save_to
 FILE, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "best.pt"
 VERSION = 3  # of the checkpoint
 BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
-UNREADABLE_SHARE, UNREADABLE_FREE = 0.001, 1000  # of more images than the second at most the first may be unreadable
+UNREADABLE_FREE = 1000  # of more images than that at most one in a thousand may be unreadable
 # A resumed run may change these: they alter neither the images nor the steps. Images and classifiers are compared by
 # what they are ("images", "classifier_weights"), batches by their size over all processes.
 FREE = ("test", "data", "classifier.weights", "training.batch_size", "training.epochs") + tuple(
@@ -45,7 +44,7 @@ FREE = ("test", "data", "classifier.weights", "training.batch_size", "training.e
 
 @dataclass
 class State:
-    """Where a run stands: all that it remembers beside its networks, optimiser and scaler."""
+    """Where a run stands: all that it remembers beside its networks, optimizer and scaler."""
 
     epoch: int = 0  # the one in progress, from 0
     batch: int = 0  # the next one of it
@@ -66,69 +65,51 @@ class State:
         return self.loss / n if self.images else math.inf, self.psnr_db / n, self.images / max(self.seconds, 1e-9)
 
 
+@dataclass
 class Run:
-    """What every training loop repeats; the loop itself stays in its script.
+    """What every training loop repeats; the loop itself stays in its script."""
 
-    Args:
-        kind: of run: the start of a new folder's name.
-        folder: of a run to resume; None for a new one.
-        parameters: all of them, as written to parameters.json.
-        shared: what else a resumed run has to share with this one; plain values.
-        network, optimizer: what is trained, and how.
-        average: a copy of the network for averaged weights, which move at `training.ema_decay`; None without.
-        output: the file that the script writes the best weights to, or None. No other run may write it meanwhile.
+    kind: str  # the start of a new folder's name
+    folder: Path | None  # of a run to resume; None for a new one
+    runtime: Runtime
+    parameters: dict
+    shared: dict  # plain values, beside the parameters, that a resumed run has to share with this one
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: nn.Module | None  # a copy of the network for averaged weights, which move at `training.ema_decay`
+    output: str | None  # the file that the script writes the best weights to. No other run may write it meanwhile
 
-    Attributes:
-        stopped: a signal asked to stop, and every process knows.
-        folder: None in torchrun's other processes.
-
-    Raises (on entering):
-        InputError: another run holds the folder or the output; no whole checkpoint; other parameters than the run's.
-    """
-
-    def __init__(
-        self,
-        kind: str,
-        folder: Path | None,
-        runtime: Runtime,
-        parameters: dict,
-        shared: dict,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        average: nn.Module | None,
-        output: str | None,
-    ):
-        self.kind, self.folder, self.runtime, self.output = kind, folder, runtime, output
-        self.parameters, self.training, self.shared = parameters, parameters["training"], shared
-        self.network, self.optimizer, self.average = network, optimizer, average
-        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.state, self.stopper, self.stopped = State(), Stopper(), False
+    def __post_init__(self) -> None:
+        self.training, self.resolved = self.parameters["training"], {"parameters": self.parameters} | self.shared
+        self.scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=self.runtime.precision == "fp16")
+        self.saved = {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler}
+        if self.average is not None:
+            self.saved["average"] = self.average
+        self.state, self.stopper = State(), Stopper()
+        self.stopped = False  # a signal asked to stop, and every process knows
 
     def __enter__(self) -> "Run":
+        is_main, is_new = self.runtime.is_main, self.folder is None
         with contextlib.ExitStack() as exits:
             exits.enter_context(self.stopper)
-            exits.enter_context(
-                out_of_memory_is_one_line(self.runtime, self.training["batch_size"], "training.batch_size")
-            )
-            is_new = self.folder is None
-            if is_new and self.runtime.is_main:
+            exits.enter_context(out_of_memory_is_one_line(self.training["batch_size"], "training.batch_size"))
+            if is_main and is_new:
                 self.folder = new_run_folder(self.kind, job_suffix())
-            if self.runtime.is_main:  # before anything in the folder is touched
+            if is_main:  # before anything in the folder is touched
                 exits.enter_context(claimed(self.folder / FILE))
                 if self.output is not None:
                     exits.enter_context(claimed(self.output))
+            self.folder = self.runtime.gather(self.folder)[0]
             if not is_new:
                 self.load()
-            if self.runtime.is_main:
+            if is_main:
                 remove_partials(self.folder)
                 write_json(self.folder / "parameters.json", self.parameters)
-                print(f"Run folder: {self.folder}")
-                if not is_new:
-                    print(f"Resumed at epoch {self.state.epoch + 1}, step {self.state.batch + 1}")
-            else:
-                self.folder = None
+            print(f"Run folder: {self.folder}")
             if is_new:
                 self.save()  # what can't be written should fail now, not after an epoch
+            else:
+                print(f"Resumed at epoch {self.state.epoch + 1}, step {self.state.batch + 1}")
             self.saved_at = time.monotonic()
             self.exits = exits.pop_all()
         return self
@@ -136,35 +117,24 @@ class Run:
     def __exit__(self, *exception) -> bool | None:
         return self.exits.__exit__(*exception)
 
-    def remembered(self) -> dict[str, object]:
-        """What a checkpoint holds beside the state, by name."""
-        return {"network": self.network, "optimizer": self.optimizer, "scaler": self.scaler} | (
-            {} if self.average is None else {"average": self.average}
-        )
-
     def save(self) -> None:
         """Writes the checkpoint; the one before is kept."""
         if self.runtime.is_main:
-            states = {name: to_cpu(thing.state_dict()) for name, thing in self.remembered().items()}
-            finished = self.state.epoch >= self.training["epochs"]
-            resolved = json.dumps({"parameters": self.parameters} | self.shared)
-            save_checkpoint(
-                self.folder, states | {"state": asdict(self.state), "resolved": resolved, "finished": finished}
-            )
+            checkpoint = {name: part.state_dict() for name, part in self.saved.items()}
+            checkpoint |= {"state": asdict(self.state), "resolved": json.dumps(self.resolved)}
+            save_checkpoint(self.folder, checkpoint | {"finished": self.state.epoch >= self.training["epochs"]})
         self.saved_at = time.monotonic()
 
     def load(self) -> None:
         checkpoint = load_checkpoint(self.folder)
         resolved = json.loads(checkpoint["resolved"])
-        refuse_changes(resolved, {"parameters": self.parameters} | self.shared)
-        for name, thing in self.remembered().items():
-            thing.load_state_dict(checkpoint[name])
-        self.state = State(**checkpoint["state"])
+        refuse_changes(resolved, self.resolved)
         was, now = resolved["parameters"]["training"]["epochs"], self.training["epochs"]
-        if now < self.state.epoch:
-            raise InputError(f"training.epochs {now}: the run has finished {self.state.epoch}: give more")
         if now != was and self.training["schedule"] == "cosine" and self.runtime.is_main:
             print(f"Note: the learning rate goes on as the cosine of {now} epochs; it was that of {was}")
+        for name, part in self.saved.items():
+            part.load_state_dict(checkpoint[name])
+        self.state = State(**checkpoint["state"])
 
     def epochs(self) -> Iterator[int]:
         """The epochs that are left, from 0; ends early after a stop signal."""
@@ -174,20 +144,15 @@ class Run:
     def batches(self, dataset: ImageTree, of_epoch: list[list[int]], workers: int) -> Iterator[Batch]:
         """This process's part of the batches of an epoch that are left; each has to be given to `step`.
 
-        `of_epoch` are all batches, over all processes. Saves every `training.checkpoint_minutes`; sets `stopped` and
-        ends after a stop signal.
-
-        Raises:
-            InputError: too many images can't be read, or too many losses in a row are not finite.
+        `of_epoch` are all batches, over all processes. Saves every `training.checkpoint_minutes`; ends after a stop
+        signal.
         """
-        state, steps = self.state, len(of_epoch)
+        state = self.state
         left = [self.runtime.part(batch) for batch in of_epoch[state.batch :]]
         title = f"epoch {state.epoch + 1}/{self.training['epochs']}"
-        loading = batches(dataset, left, workers, self.runtime.device.type == "cuda", self.stopper)
-        with progress_bar(steps, title, self.training["verbose"], initial=state.batch) as bar:
-            begun = started = time.perf_counter()
-            first, estimated = state.batch, False
-            for batch in loading:
+        with progress_bar(len(of_epoch), title, self.training["verbose"], initial=state.batch) as bar:
+            started = time.perf_counter()
+            for batch in batches(dataset, left, workers, self.runtime.device.type == "cuda", self.stopper):
                 lost = len(state.unreadable)
                 yield batch
                 now = time.perf_counter()
@@ -195,11 +160,6 @@ class Run:
                 started = now
                 bar.set_postfix_str("loss {:.4f}, {:.2f} dB, {:.1f} images/s".format(*state.means()), refresh=False)
                 bar.update()
-                if not estimated and now - begun > 5:  # seconds
-                    estimated = True
-                    to_go = steps * (self.training["epochs"] - state.epoch) - state.batch
-                    seconds = to_go * (now - begun) / (state.batch - first)
-                    bar.write(f"Training to go: {duration(seconds)}, and the validation of every epoch")
                 if len(state.unreadable) > lost:
                     self.refuse_unreadable(dataset)
                 if time.monotonic() - self.saved_at > 60 * self.training["checkpoint_minutes"]:
@@ -212,9 +172,6 @@ class Run:
         """Backward, average over the processes, clip, step, count. Not taken if loss or gradient are not finite.
 
         `losses` is None if none of this process's part could be read; the step is that of one process with all parts.
-
-        Raises:
-            InputError: the tenth loss in a row is not finite.
         """
         runtime, state, own = self.runtime, self.state, len(batch.images)
         for group in self.optimizer.param_groups:
@@ -239,14 +196,8 @@ class Run:
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.training["gradient_clip_norm"] or math.inf)
         # The one time in a step that the host waits for the device.
         total, psnr, norm = torch.cat([runtime.sum(sums), norm.to(sums).view(1)]).tolist()
-        taken = math.isfinite(total) and math.isfinite(norm)
-        # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
-        settling = self.scaler.is_enabled() and math.isfinite(total) and self.scaler.get_scale() >= 1
-        if taken:
+        if math.isfinite(total) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
-        if taken or self.scaler.is_enabled():
-            self.scaler.update()
-        if taken:
             state.images += int(count)
             state.loss += total
             state.psnr_db += psnr
@@ -254,9 +205,12 @@ class Run:
             if self.average is not None:
                 ema_update(self.average, self.network, self.training["ema_decay"], state.updates)
                 state.updates += 1
-            return
-        state.skipped += 1
-        state.bad_in_a_row += not settling
+        else:
+            state.skipped += 1
+            # Gradients that overflow because they are scaled are no fault yet: the scaler halves its scale.
+            settling = self.scaler.is_enabled() and math.isfinite(total) and self.scaler.get_scale() >= 1
+            state.bad_in_a_row += not settling
+        self.scaler.update()
         if state.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
             raise InputError(
                 f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
@@ -269,10 +223,11 @@ class Run:
         if self.runtime.is_main:
             rows = [{"image": images.paths[i], "reason": reason} for i, reason in sorted(lost.items())]
             write_csv(self.folder / "unreadable.csv", rows)
-        allowed = max(1, math.floor(UNREADABLE_SHARE * count)) if count > UNREADABLE_FREE else count - 1
-        if len(lost) > allowed:
-            remedy = "unreadable.csv in the run folder lists them; mend or remove them, and start a new run"
-            raise InputError(f"{len(lost)} of {count} training images can't be read: {remedy}")
+        if len(lost) > (max(1, count // 1000) if count > UNREADABLE_FREE else count - 1):
+            raise InputError(
+                f"{len(lost)} of {count} training images can't be read; unreadable.csv in the run folder lists them: "
+                "mend or remove them, and start a new run"
+            )
 
     def end_epoch(self, learning_rate: float, scores: dict) -> tuple[dict, bool]:
         """The row of history.csv, and whether its validation loss is the best; the next epoch is in progress then."""
@@ -289,14 +244,17 @@ class Run:
             "skipped_steps": state.skipped,
             "unreadable": len(state.unreadable),
         }
-        improved = row["val_loss"] < state.best
-        kept = {name: getattr(state, name) for name in ("bad_in_a_row", "updates", "unreadable")}
         self.state = State(
-            state.epoch + 1, history=[*state.history, row], best=min(state.best, row["val_loss"]), **kept
+            epoch=state.epoch + 1,
+            bad_in_a_row=state.bad_in_a_row,
+            updates=state.updates,
+            best=min(state.best, row["val_loss"]),
+            history=[*state.history, row],
+            unreadable=state.unreadable,
         )
         if self.runtime.is_main:
             write_csv(self.folder / "history.csv", self.state.history)
-        return row, improved
+        return row, row["val_loss"] < state.best
 
     def finish(self, command: str) -> int:
         """Prints how the run ended; `command` resumes it. The exit code."""
@@ -305,7 +263,7 @@ class Run:
             self.save()
             print(f"Stopped in epoch {state.epoch + 1}. To go on: {command} --resume {self.folder}\n{self.folder}")
             return self.stopper.code
-        if state.unreadable and self.runtime.is_main:
+        if state.unreadable:
             print(f"{len(state.unreadable)} training images could not be read: {self.folder / 'unreadable.csv'}")
         if lost := state.history[-1]["val_unreadable"]:
             print(f"{lost} validation images could not be read and were not scored")
@@ -332,13 +290,7 @@ def average_gradients(network: nn.Module, own: int, count: float, runtime: Runti
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Writes FOLDER/checkpoint.pt, tensors and plain values; the one before is checkpoint_previous.pt.
-
-    Whenever it is killed, a whole one of the two stands.
-
-    Raises:
-        OSError: it can't be written; the one before stands.
-    """
+    """Writes checkpoint.pt; the one before is checkpoint_previous.pt. A kill leaves a whole one of the two."""
     path, previous = folder / FILE, folder / PREVIOUS
 
     def write(file) -> None:
@@ -354,7 +306,7 @@ def save_checkpoint(folder: Path, state: dict) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the file is there, and the checksums that torch wrote into its archive hold."""
+    """Whether the file exists, and the checksums that torch wrote into its archive hold."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
@@ -363,31 +315,18 @@ def is_whole(path: Path) -> bool:
 
 
 def load_checkpoint(folder: Path) -> dict:
-    """What `save_checkpoint` wrote; the one before, and a line that says so, if the last one is damaged.
-
-    Raises:
-        InputError: no checkpoint, or none that is whole.
-    """
-    paths = [path for path in (folder / FILE, folder / PREVIOUS) if path.is_file()]
-    if not paths:
-        raise InputError(f"{folder}: no {FILE} to resume from; start without --resume")
-    state, fault = None, InputError(f"{paths[0]}: not a whole checkpoint (its checksums differ), nor is there another")
-    for path in filter(is_whole, paths):
-        try:
+    """What `save_checkpoint` wrote; the one before, and a line that says so, if the last one is damaged or missing."""
+    state = None
+    for path in filter(is_whole, (folder / FILE, folder / PREVIOUS)):
+        with contextlib.suppress(InputError):  # damage between the checksums
             state = load_file(path)
             break
-        except InputError as error:  # damage between the checksums
-            fault = error
     if state is None:
-        raise fault
+        raise InputError(f"{folder / FILE}: not a whole checkpoint, nor is {PREVIOUS}: start a new run")
     if path.name == PREVIOUS:
-        what = "is damaged" if paths[0] != path else "is missing"
-        print(f"{folder / FILE} {what}: going on from the one before, {path}")
+        print(f"{folder / FILE} is damaged or missing: going on from the one before, {path}")
     if not isinstance(state, dict) or state.get("version") != VERSION:
-        raise InputError(
-            f"{path}: not a checkpoint of this version of the program: go on with the version that wrote it, or start "
-            "a new run"
-        )
+        raise InputError(f"{path}: not a checkpoint of this version of the program: start a new run")
     return state
 
 
@@ -408,58 +347,47 @@ def refuse_changes(before: dict, now: dict, prefix: str = "") -> None:
 
 
 def run_to_resume(choice: str | None, kind: str = "train") -> Path | None:
-    """The run to go on with: the job's own if torchrun starts it again, that of `--resume`, or None.
-
-    Raises:
-        InputError: there is none that "latest" could mean.
-    """
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (runs := runs_of(f"{kind}_*{job_suffix()}")):
-        return runs[-1]  # a process was lost
+    """The run to go on with: the job's own if torchrun starts it again, that of `--resume`, or None."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and (runs := newest_runs(f"{kind}_*{job_suffix()}")):
+        return runs[0]  # a process was lost
     if choice is None:
         return None
-    if choice != "latest":
-        path = Path(choice)
-        path = path.parent if path.is_file() else path
-        if not any((path / name).is_file() for name in (FILE, PREVIOUS)):
-            raise InputError(f"{path}: no {FILE} to resume from; start without --resume")
-        return path
-    runs = runs_of(f"{kind}_*")
-    if not runs:
-        raise InputError(f"{LOGS}: no training run with a checkpoint; start without --resume")
-    return next((run for run in reversed(runs) if not is_finished(run)), runs[-1])
+    if choice == "latest":
+        runs = newest_runs(f"{kind}_*")
+        if not runs:
+            raise InputError(f"{LOGS}: no training run with a checkpoint; start without --resume")
+        return next((run for run in runs if not is_finished(run)), runs[0])
+    path = Path(choice)
+    path = path.parent if path.is_file() else path
+    if not any(path.glob("checkpoint*.pt")):
+        raise InputError(f"{path}: no {FILE} to resume from; start without --resume")
+    return path
 
 
-def runs_of(pattern: str) -> list[Path]:
-    """The run folders that match, by the time of their last checkpoint."""
-    times = {}
-    for path in LOGS.glob(f"{pattern}/checkpoint*.pt"):
-        times[path.parent] = max(times.get(path.parent, 0), path.stat().st_mtime_ns)
-    return sorted(times, key=lambda run: (times[run], run))
+def newest_runs(pattern: str) -> list[Path]:
+    """The run folders that match, by the time of their last checkpoint, the newest first."""
+    checkpoints = sorted(LOGS.glob(f"{pattern}/checkpoint*.pt"), key=lambda path: -path.stat().st_mtime_ns)
+    return list(dict.fromkeys(path.parent for path in checkpoints))
 
 
 def is_finished(run: Path) -> bool:
     """Whether its last checkpoint says so."""
     with contextlib.suppress(InputError):
-        state = load_file(run / FILE)
-        return isinstance(state, dict) and state.get("finished") is True
+        return load_file(run / FILE).get("finished", False)
     return False
 
 
 def job_suffix() -> str:
     """The name of torchrun's job for the run's folder, the same after a restart; empty without torchrun."""
     name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if name == "none":  # torchrun's default over several machines
+    if name == "none":  # torchrun's default
         name = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
     return "_" + re.sub(r"[^A-Za-z0-9-]", "-", name)[:60] if name else ""
 
 
 @contextlib.contextmanager
 def claimed(path: str | Path) -> Iterator[None]:
-    """Holds `path` for this process, by a lock on a hidden file beside it that ends with the process.
-
-    Raises:
-        InputError: another process holds it.
-    """
+    """Holds `path` by a lock on a hidden file beside it, which ends with the process; refused if another has it."""
     path = Path(os.path.realpath(path))
     lock = FileLock(path.with_name(f".{path.name}.lock"), blocking=False)
     try:
@@ -475,14 +403,3 @@ def claimed(path: str | Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             os.unlink(lock.lock_file)
         lock.release()
-
-
-def to_cpu(state: object) -> object:
-    """A copy of nested dicts and lists with every tensor on the CPU."""
-    if isinstance(state, Tensor):
-        return state.detach().cpu().clone()
-    if isinstance(state, dict):
-        return {key: to_cpu(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return [to_cpu(value) for value in state]
-    return state

@@ -5,7 +5,9 @@ import contextlib
 import ctypes
 import errno
 import functools
+import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -27,6 +29,17 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 
 
+@contextlib.contextmanager
+def lost_process():
+    """Turns torch's errors of connections into one line: another process of the job is gone, or what torch says."""
+    try:
+        yield
+    except RuntimeError as error:
+        is_lost = re.search("closed by peer|reset by peer|Broken pipe|[Tt]imed out|Timeout", str(error))
+        reason = "another process of the job is gone" if is_lost else str(error).strip().splitlines()[0]
+        raise ConnectionError(errno.ECONNRESET, reason, "torchrun") from None
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and how precisely the networks compute, and which of torchrun's processes this is."""
@@ -43,10 +56,7 @@ class Runtime:
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """In which convolutions train soonest (benchmarks/README.md): channels_last, but for float32 without AVX512.
-
-        Macs are given what every one of their kernels takes.
-        """
+        """In which convolutions train soonest (benchmarks/README.md); on Macs what every kernel takes."""
         on_avx2 = self.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() != "AVX512"
         plain = self.device.type == "mps" or (on_avx2 and self.precision == "float32")
         return torch.contiguous_format if plain else torch.channels_last
@@ -56,15 +66,11 @@ class Runtime:
         """For sums: float64, which Macs' GPUs lack."""
         return torch.float32 if self.device.type == "mps" else torch.float64
 
+    @lost_process()
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, in place.
-
-        Raises:
-            ConnectionError: one of them is gone.
-        """
+        """The sum of a tensor over all processes, in place."""
         if self.processes > 1:
-            with lost_process():
-                dist.all_reduce(values)
+            dist.all_reduce(values)
         return values
 
     def sum_numbers(self, *numbers: float) -> list[float]:
@@ -73,12 +79,11 @@ class Runtime:
             return list(numbers)
         return self.sum(torch.tensor(numbers, dtype=torch.float64, device=self.device)).tolist()
 
+    @lost_process()
     def gather(self, value: object) -> list:
         """The values of all processes, in the order of their ranks, on every one of them."""
-        if self.processes == 1:
-            return [value]
-        values = [None] * self.processes
-        with lost_process():
+        values = [value] * self.processes
+        if self.processes > 1:
             dist.all_gather_object(values, value)
         return values
 
@@ -99,74 +104,50 @@ class Runtime:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
 
     def describe(self) -> str:
-        if self.device.type != "cpu":
-            machine = f"{self.name()}, {self.precision}"
-        else:
-            machine = f"CPU with {torch.get_num_threads()} threads, {self.precision}"
-        return machine if self.processes == 1 else f"{self.processes} processes, each on {machine}"
-
-
-@contextlib.contextmanager
-def lost_process():
-    """Turns what torch raises when another process of the job is gone into an error that is one line."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        raise ConnectionError(errno.ECONNRESET, "another process of the job is gone", "torchrun") from None
+        machine = f"CPU with {torch.get_num_threads()} threads" if self.device.type == "cpu" else self.name()
+        several = f"{self.processes} processes, each on " if self.processes > 1 else ""
+        return f"{several}{machine}, {self.precision}"
 
 
 def start_runtime(precision: str) -> Runtime:
-    """The GPU where there is one (a Mac's is "mps"), else the CPU; "auto" takes the fastest precision in hardware.
+    """The GPU if there is one (a Mac's is "mps"), else the CPU; "auto" takes the fastest precision in hardware.
 
     Under torchrun it joins the other processes, each on the GPU of its local rank.
-
-    Raises:
-        InputError: fp16 without a GPU; more processes than GPUs; several tasks that srun started, without torchrun.
     """
     refuse_tasks_without_torchrun()
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device("cuda" if torch.cuda.is_available() else mps)
-    if device.type == "cpu":
+    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
+    rank, local, processes = (int(os.environ.get(key, default)) for key, default in defaults.items())
+    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if torch.cuda.is_available():
+        count, device = torch.cuda.device_count(), torch.device("cuda", local)
+        if local >= count:
+            raise OneProcessError(f"process {local} has no GPU: there are {count}, lower torchrun's --nproc_per_node")
+        torch.cuda.set_device(device)
+    elif device.type == "cpu":
         keep_freed_memory()
         if torch.get_num_threads() > 1 and processors_in_use() > 0.3:
             wait_without_spinning()
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if precision == "auto":
-        if device.type == "cuda":
-            precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-        else:
-            precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "float32"
-    if precision == "fp16" and device.type == "cpu":
-        raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
+        if precision == "fp16":
+            raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif precision == "auto":
+        precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "float32"
     if processes > 1:
-        if device.type == "cuda":
-            local = int(os.environ["LOCAL_RANK"])
-            if local >= torch.cuda.device_count():
-                raise OneProcessError(
-                    f"process {local} has no GPU: there are {torch.cuda.device_count()}, lower torchrun's "
-                    "--nproc_per_node"
-                )
-            device = torch.device("cuda", local)
-            torch.cuda.set_device(device)
-        if not dist.is_initialized():
-            join_processes("nccl" if device.type == "cuda" else "gloo")
+        join_processes("nccl" if device.type == "cuda" else "gloo")
     return Runtime(device, precision, rank, processes)
 
 
+@lost_process()
 def join_processes(backend: str) -> None:
     """Joins torchrun's processes, in each life of the job under keys of its own.
 
     Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
     """
-    if not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        raise InputError("WORLD_SIZE is set and MASTER_ADDR is not: start several processes with torchrun")
-    with lost_process():
-        store, rank, processes = next(dist.rendezvous("env://"))
-        if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
-            store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
+    store, rank, processes = next(dist.rendezvous("env://"))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
+        store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes)
     atexit.register(dist.destroy_process_group)  # its threads, still running at the exit, would abort the process
 
 
@@ -183,11 +164,11 @@ def keep_freed_memory() -> None:
 
 
 def processors_in_use(seconds: float = 0.2) -> float:
-    """How many processors other programs keep busy, looked at for some time; 0 where the system does not say."""
+    """How many processors other programs keep busy, watched for `seconds`; 0 if the system does not say."""
 
     def idle() -> float:
-        fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
-        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")  # seconds, of all processors
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split()  # of all processors: "cpu", then ticks
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
     try:
         before, begun = idle(), time.monotonic()
@@ -218,7 +199,7 @@ def wait_without_spinning() -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 itself: where it does not, bf16 is emulated and slower than float32."""
+    """Whether the CPU multiplies bfloat16 itself: emulated, it is slower than float32."""
     with contextlib.suppress(OSError):
         return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
     return False
@@ -240,64 +221,42 @@ def compiled(function: Callable) -> Callable:
 
 
 def new_run_folder(kind: str, suffix: str = "") -> Path:
-    """assets/logs/KIND_<date>-<time> in UTC, made now; where another run has that second, the next that is free.
-
-    Raises:
-        InputError: assets/logs is no folder.
-    """
-    try:
-        LOGS.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{LOGS}: a file, or a link to a folder that is gone: remove it, or mend the link") from None
+    """assets/logs/KIND_<date>-<time> in UTC, made now; if another run has that second, the next that is free."""
+    LOGS.mkdir(parents=True, exist_ok=True)
     now = time.time()
-    for second in range(1000):
+    while True:
+        folder = LOGS / f"{kind}_{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now))}{suffix}"
         with contextlib.suppress(FileExistsError):
-            folder = LOGS / f"{kind}_{time.strftime('%Y%m%d-%H%M%S', time.gmtime(now + second))}{suffix}"
             folder.mkdir()
             return folder
-    raise InputError(f"{LOGS}: a thousand runs have begun in this second")
+        now += 1
 
 
 @contextlib.contextmanager
-def out_of_memory_is_one_line(runtime: Runtime, batch_size: int, key: str):
+def out_of_memory_is_one_line(batch_size: int, key: str):
     """Turns a GPU's out of memory into a line that says what to lower: the parameter `key`, now `batch_size`."""
     try:
         yield
     except torch.OutOfMemoryError:
-        total = ""
-        if runtime.device.type == "cuda":
-            total = f" of {torch.cuda.get_device_properties(runtime.device).total_memory / 2**30:.0f} GiB"
-        raise OneProcessError(f"out of GPU memory{total} at batch size {batch_size}: lower {key}") from None
+        raise OneProcessError(f"out of GPU memory at batch size {batch_size}: lower {key}") from None
 
 
-class Lines:
-    """A text stream that makes a line of every state of a progress bar, where no terminal can overwrite it."""
-
-    def __init__(self, stream):
-        self.stream = stream
+class Lines(io.TextIOBase):
+    """Standard output with a line per state of a progress bar, since no terminal overwrites the one before."""
 
     def write(self, text: str) -> None:
-        text = text.strip("\r\n ")
-        if text:
-            self.stream.write(f"{text}\n")
-
-    def flush(self) -> None:
-        self.stream.flush()
+        if text := text.strip("\r\n "):
+            print(text, flush=True)
 
 
 def progress_bar(total: int, description: str, verbose: bool = True, *, unit: str = "step", **options) -> tqdm:
     """A progress bar on a terminal, elsewhere a line a minute: how far the work is, and the time that is left."""
     disable = not verbose or os.environ.get("RANK", "0") != "0"
-    if sys.stderr is not None and sys.stderr.isatty():
-        return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
-    form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} so far, {remaining} to go, {rate_noinv_fmt}{postfix}"
-    options |= {"mininterval": 60, "miniters": 1, "maxinterval": 60, "delay": 60, "bar_format": form, "leave": False}
-    return tqdm(total=total, desc=description, unit=unit, disable=disable, file=Lines(sys.stdout), **options)
-
-
-def duration(seconds: float) -> str:
-    hours, minutes = divmod(round(seconds / 60), 60)
-    return f"about {hours} h {minutes} min" if hours else f"about {minutes} min" if minutes else "less than a minute"
+    if not sys.stderr.isatty():
+        form = "{desc}: {n_fmt} of {total_fmt} {unit}s, {elapsed} so far, {remaining} to go, {rate_noinv_fmt}{postfix}"
+        options |= {"mininterval": 60, "miniters": 1, "maxinterval": 60, "delay": 60, "bar_format": form}
+        options |= {"leave": False, "file": Lines()}
+    return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
 
 
 def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
@@ -311,7 +270,7 @@ def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
 class Stopper:
     """Notes Ctrl-C, SIGTERM and SIGHUP instead of dying of them, so that the step in progress can end.
 
-    A second Ctrl-C interrupts at once. `code` is the exit code: 130, 143 or 129.
+    A second Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -348,4 +307,5 @@ class Stopper:
 
     @property
     def code(self) -> int:
+        """The exit code: 130, 143 or 129."""
         return 128 + (self.signal or 0)
