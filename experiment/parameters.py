@@ -132,7 +132,9 @@ class TestSection(Section):
     epochs: int = entry(1, "Repeats the timing; with `batches_per_epoch`, each takes other images.", ge=1, le=1000)
     batches_per_epoch: int | None = entry(None, "A number: each epoch takes that many random batches.", ge=1)
     verbose: bool = entry(True, "True shows a progress bar.")
-    precision: Precision = entry("float32", "Precision of the evaluation, as `training.precision`.")
+    precision: Precision = entry(
+        "float32", "Precision of test.py, as `training.precision`; if unset, try_darionet.py takes auto."
+    )
 
 
 class DataSection(Section):
