@@ -8,7 +8,7 @@
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
 
-It computes in bf16 if the processor or GPU has units for it, else in float32; --set test.precision=float32 changes that.
+It computes in bf16 if the device has units for that, else in float32; --set test.precision=float32 changes it.
 Files go to assets/logs/try_<stamp>_<image>/; a window opens if there is a screen. If no DarioNet was trained yet, the
 network of examples/photographs is taken with its classifier.
 
@@ -83,7 +83,8 @@ def main() -> int:
     restores = {BASELINE: Enlarge("bilinear")}
     restores |= load_upscalers(weights, None, runtime.device, t.interpolation, t.antialias)
     rows = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]  # ours last
-    parameters.test.precision = runtime.precision  # as it is written beside the results
+    used = parameters.test.model_copy(update={"precision": runtime.precision})
+    parameters = parameters.model_copy(update={"test": used})  # as they are written beside the results
     print(f"Machine: {runtime.describe()}")
     if path.is_dir():
         with Stopper() as stopper:

@@ -133,7 +133,7 @@ class TestSection(Section):
     batches_per_epoch: int | None = entry(None, "A number: each epoch takes that many random batches.", ge=1)
     verbose: bool = entry(True, "True shows a progress bar.")
     precision: Precision = entry(
-        "float32", "Precision of test.py, as `training.precision`; if unset, try_darionet.py takes auto."
+        "float32", "As `training.precision`, for test.py; if unset, try_darionet.py takes auto."
     )
 
 
