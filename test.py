@@ -90,7 +90,7 @@ def main() -> int:
             rivals[name] = to_device(adapted, runtime.device), open_restore(how, reduction, runtime.device)
         pipelines = make_pipelines(classifier, reduction, networks, rivals)
         small = reduced_length(t.val_crop_size, t.scale)
-        if not classifier.reads(small, small):
+        if classifier.refusal(small, small):
             pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
             print(f"Left out: {SMALL}, since {section.architecture} can't read {small}x{small} pixels")
         if runtime.is_main:

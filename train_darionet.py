@@ -151,7 +151,7 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     for key in ("train_crop_size", "val_crop_size"):
         classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
-        raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
+        raise InputError(f"training.loss.maps: name layers of {arguments['architecture']} in classifier.maps")
     return classifier
 
 

@@ -36,8 +36,10 @@ URLS = {  # each file has its SHA-256 in PUBLISHED
     "RealESRGAN_x4plus_anime_6B": f"{RELEASES}/v0.2.2.4/RealESRGAN_x4plus_anime_6B.pth",
 }
 # Names of the entry that holds the weights, averaged ones (EMA) first, and of modules around the network.
-WRAPPERS = ("params_ema", "params-ema", "state_dict_ema", "model_ema", "params", "state_dict", "model_state_dict")
-WRAPPERS += ("model", "network", "net", "generator")
+WRAPPERS = (
+    *("params_ema", "params-ema", "state_dict_ema", "model_ema"),
+    *("params", "state_dict", "model_state_dict", "model", "network", "net", "generator"),
+)
 PREFIXES = ("module.", "_orig_mod.", "netG.", "model.", "net.", "network.", "generator.", "layers.0.", "0.")
 # Plain data that checkpoints hold beside the weights: options of a command line, scores as numpy's numbers.
 SCALAR = np.float64(0).__reduce__()[0]
