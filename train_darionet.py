@@ -67,7 +67,8 @@ def main() -> int:
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
 
     start = d.initial_weights if folder is None else None
-    network = build_darionet(d.features, d.blocks, d.growth, start, runtime.device, runtime.memory_format)
+    network = build_darionet(d.features, d.blocks, d.growth, start)
+    network = to_device(network, runtime.device, runtime.memory_format)
     network.recompute = training.recompute
     average = None if training.ema_decay is None else copy.deepcopy(network)
     evaluated = network if average is None else average  # what is validated and written
