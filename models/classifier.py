@@ -97,7 +97,7 @@ class FrozenClassifier(nn.Module):
         self.train(False)
 
     def watch(self, maps: Sequence[str]) -> None:
-        """Has `look` give the outputs of these layers."""
+        """Makes `look` give the outputs of these layers."""
         self.maps = tuple(maps)
         for name in self.maps:
             layer(self.network, name).register_forward_hook(Recorder(self.seen, name))
@@ -191,9 +191,6 @@ class FrozenClassifier(nn.Module):
         return sha256.hexdigest()[:16]
 
 
-# What a classifier has to be
-
-
 def checked_class_names(names: Sequence[str]) -> list[str]:
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise InputError("class_names: expected a list of texts in the order of the scores")
@@ -243,8 +240,8 @@ def head_of(network: nn.Module) -> str:
 def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
     """For each of MAP_STRIDES the layer that gives the map with which the next stage starts, if there is one.
 
-    A map is square if the image, (1,3,side,side), is; if the image is twice as wide, it is wider and else the same.
-    A network of one size can't show that: it has none.
+    A map of an image (1,3,side,side) is square, and only its width changes if the image is twice as wide. No map is
+    found in a network that reads images of one size.
     """
     side = image.shape[-1]
     if classifier.refusal(side, 2 * side):
@@ -268,16 +265,14 @@ def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
 @torch.no_grad()
 def calls_of_layers(classifier: FrozenClassifier, image: Tensor) -> list[tuple[str, object, object]]:
     """(name, first input, output) of every layer's call, inner layers first."""
+    names = {module: name for name, module in classifier.network.named_modules()}
     calls = []
 
-    def record(name: str, inputs: tuple, out: object) -> None:
-        calls.append((name, inputs[0] if inputs else None, out))
+    def record(module: nn.Module, inputs: tuple, out: object) -> None:
+        calls.append((names.get(module, ""), inputs[0] if inputs else None, out))
 
-    modules = classifier.network.named_modules()
-    hooks = [m.register_forward_hook(lambda _, inputs, out, n=n: record(n, inputs, out)) for n, m in modules]
-    classifier(image)
-    for hook in hooks:
-        hook.remove()
+    with nn.modules.module.register_module_forward_hook(record):
+        classifier(image)
     return calls
 
 
@@ -353,11 +348,7 @@ def from_torchvision(architecture: str, weights: str | None, classes: int | None
 
 
 def published_weights(architecture: str) -> dict:
-    """torchvision's weights of an architecture, by their names.
-
-    Raises:
-        InputError: torchvision has no such classifier.
-    """
+    """torchvision's weights of an architecture, by their names."""
     if architecture not in list_models(module=torchvision.models):
         raise InputError(
             f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named "

@@ -110,12 +110,7 @@ def refuse_other_file(path: str | Path, expected: str | None) -> None:
 
 
 def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
-    """The state dict inside `contents`, without the wrappers and prefixes that other projects add; averaged weights
-    (EMA) are preferred.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The state dict inside `contents`, without other projects' wrappers and prefixes; of averaged weights, if any."""
     for _ in range(3):  # wrappers may be nested
         entries = contents if isinstance(contents, dict) else {}
         inner = [entries[name] for name in WRAPPERS if isinstance(entries.get(name), dict) and entries[name]]
@@ -203,11 +198,7 @@ def trained_for(path: str | Path) -> dict:
 
 
 def save_weights(network: nn.Module | dict[str, Tensor], path: str | Path, note: dict) -> None:
-    """Writes weights and, as plain JSON values, what they were trained for; `network` may be a state dict.
-
-    Raises:
-        OSError: no space, no permission; the old file stays.
-    """
+    """Writes weights and, as plain JSON values, what they were trained for; `network` may be a state dict."""
     state = network.state_dict() if isinstance(network, nn.Module) else network
     params = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
     save_file({"params": params, "trained_for": json.loads(json.dumps(note, allow_nan=False))}, path)
