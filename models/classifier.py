@@ -240,15 +240,14 @@ def head_of(network: nn.Module) -> str:
 def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
     """For each of MAP_STRIDES the layer that gives the map with which the next stage starts, if there is one.
 
-    A map of an image (1,3,side,side) is square, and only its width changes if the image is twice as wide. No map is
-    found in a network that reads images of one size.
+    A map of an image (1,3,side,side) is square, and only its width changes if the image is twice as wide. Networks
+    that read one size alone show none. In a transformer the blocks at the quarters of its depth stand in for the maps.
     """
-    side = image.shape[-1]
-    if classifier.refusal(side, 2 * side):
-        return []
-    calls, wider = (calls_of_layers(classifier, x) for x in (image, image.repeat(1, 1, 1, 2)))
+    side, calls = image.shape[-1], calls_of_layers(classifier, image)
+    fixed = classifier.refusal(side, 2 * side) is not None
+    wider = [] if fixed else calls_of_layers(classifier, image.repeat(1, 1, 1, 2))
     strides = {}  # of the outputs that are maps, by their id
-    for (_, _, out), (_, _, wide) in zip(calls, wider, strict=True):
+    for (_, _, out), (_, _, wide) in zip(calls, wider, strict=False):
         if isinstance(out, Tensor) and out.ndim == 4:
             changed = [i for i in range(4) if out.shape[i] != wide.shape[i]]
             if changed in ([3], [2]) and out.shape[changed[0] - 1] == out.shape[changed[0]]:  # [2] is Swin's order
@@ -259,7 +258,15 @@ def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
         layers = [name for name, _, out in calls if starts and out is starts[-1]]
         layers = layers or [name for name, _, out in calls if name and strides.get(id(out)) == wanted]
         chosen += layers[-1:]
-    return chosen
+    if len(chosen) >= 2:
+        return chosen
+    siblings: dict[tuple[str, type], list[str]] = {}
+    for name, _, out in calls:
+        if isinstance(out, Tensor) and out.ndim == 3 and name:
+            kind = name.rpartition(".")[0], type(classifier.network.get_submodule(name))
+            siblings.setdefault(kind, []).append(name)
+    blocks = max(siblings.values(), key=len, default=[])
+    return [blocks[len(blocks) * (i + 1) // 4 - 1] for i in range(4)] if len(blocks) >= 4 else chosen
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import ResNet50_Weights, get_model
+from torchvision.models import ResNet50_Weights, VisionTransformer, get_model
 
 import models.scaler
 from benchmarks.correctness import drawn_images
@@ -297,6 +297,13 @@ def test_a_matrix_of_attention_is_no_map():
     classifier = FrozenClassifier(Attentive(), ["a", "b"])
     classifier.check(64, "key")
     assert classifier.maps == ("stem", "patches")
+
+
+def test_the_blocks_of_a_transformer_stand_in_for_maps():
+    transformer = VisionTransformer(32, 8, num_layers=8, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=2)
+    classifier = FrozenClassifier(transformer, ["a", "b"])
+    classifier.check(32, "key")
+    assert classifier.maps == tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3, 5, 7))
 
 
 def test_a_network_of_one_size_has_no_maps_but_those_that_are_named():
