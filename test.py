@@ -107,7 +107,7 @@ def main() -> int:
         small = reduced_length(side, t.scale)
         if is_small:
             pipelines = [pipeline for pipeline in pipelines if pipeline.name not in (ORIGINAL, SMALL)]
-        elif not classifier.reads(small, small):
+        elif classifier.refusal(small, small):
             pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
             print(f"Left out: {SMALL}, since {section.architecture} can't read {small}x{small} pixels")
         if runtime.is_main:

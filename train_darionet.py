@@ -67,7 +67,8 @@ def main() -> int:
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
 
     start = d.initial_weights if folder is None else None
-    network = build_darionet(d.features, d.blocks, d.growth, start, runtime.device, runtime.memory_format)
+    network = build_darionet(d.features, d.blocks, d.growth, start)
+    network = to_device(network, runtime.device, runtime.memory_format)
     network.recompute = training.recompute
     average = None if training.ema_decay is None else copy.deepcopy(network)
     evaluated = network if average is None else average  # what is validated and written
@@ -151,7 +152,7 @@ def open_teacher(arguments: dict, parameters: Parameters, runtime: Runtime) -> F
     for key in ("train_crop_size", "val_crop_size"):
         classifier.check(getattr(parameters.transformations, key), f"transformations.{key}")
     if parameters.training.loss.maps and not classifier.maps:
-        raise InputError(f"training.loss.maps: {arguments['architecture']} has none: set it to 0")
+        raise InputError(f"training.loss.maps: name layers of {arguments['architecture']} in classifier.maps")
     return classifier
 
 

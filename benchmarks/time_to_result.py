@@ -27,7 +27,7 @@ from experiment.run import load_checkpoint
 from experiment.runtime import Runtime, Stopper, progress_bar, seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import build_darionet
+from models.darionet import build_darionet, to_device
 from models.errors import InputError
 from models.pipeline import Upscale
 from models.scaler import Reduction
@@ -130,7 +130,7 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     """Accuracy on data.test of the network as it stands in the run's checkpoint, and the fraction that it recovers."""
     checkpoint, t, options = load_checkpoint(run.folder), parameters.transformations, parameters.test
     d = read_parameters(run.folder / "parameters.json").darionet
-    network = build_darionet(d.features, d.blocks, d.growth, None, runtime.device).eval()
+    network = to_device(build_darionet(d.features, d.blocks, d.growth, None), runtime.device).eval()
     load_strictly(network, checkpoint.get("average", checkpoint["network"]), run.folder)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     targets = dataset.targets(classifier.class_names, required=True)

@@ -125,8 +125,8 @@ def read_all(networks: Networks, image: Tensor, reduce: Callable[[Tensor], Tenso
             continue
         if name == SMALL:
             small = reduce(image)
-            reads = networks.classifier.reads(*small.shape[-2:])
-            best = ask(pipeline, image, networks.runtime, top=BEST)[2][0] if reads else []
+            refused = networks.classifier.refusal(*small.shape[-2:])
+            best = [] if refused else ask(pipeline, image, networks.runtime, top=BEST)[2][0]
             squares = Scaler(tuple(image.shape[-2:]), "nearest")(small)[0]  # every pixel as a square
             rows[name] = row(small[0], best)._replace(image=pixels(squares))
         else:

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-from urllib.error import URLError
 
 import torch
 import torchvision
@@ -19,7 +18,7 @@ from torchvision.models import get_model, get_model_weights, list_models
 from models.errors import InputError
 from models.images import to_tensor
 from models.scaler import Scaler, at_least_float32
-from models.weights import load_file, load_strictly, refuse_other_file, save_file, unwrap
+from models.weights import download, load_file, load_strictly, refuse_other_file, save_file, unwrap
 
 LABELS_FILE = Path(__file__).parent.parent / "assets" / "labels.json"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the training images, as in every torchvision recipe
@@ -60,7 +59,7 @@ class FrozenClassifier(nn.Module):
         class_names: folder names of the classes (ImageNet: WordNet ids), in the order of the scores.
         mean, std: of the normalisation, per channel, of images in [0,1].
         head: name of the layer that gives the scores; None: the last linear layer or convolution that is defined.
-        maps: names of the layers whose outputs `look` gives; None: `check` chooses some (see `layers_of_maps`).
+        maps: names of the layers whose outputs `look` gives; None: `check` finds some, in a convolutional network.
 
     Raises:
         InputError: class names, a normalisation or names of layers that do not fit.
@@ -89,7 +88,7 @@ class FrozenClassifier(nn.Module):
             raise InputError(
                 f"class_names lists {count} classes (ImageNet's if nothing names them), and the last layer, "
                 f"{self.head}, gives {scores} scores: store class_names with the weights "
-                "(models.classifier.save_classifier), or set CLASS_NAMES in FILE.py; head names another layer"
+                "(models.classifier.save_classifier), or set CLASS_NAMES in FILE.py"
             )
         self.seen: dict[str, Tensor] = {}
         last.register_forward_pre_hook(Recorder(self.seen, "head"))
@@ -98,7 +97,7 @@ class FrozenClassifier(nn.Module):
         self.train(False)
 
     def watch(self, maps: Sequence[str]) -> None:
-        """Has `look` give the outputs of these layers."""
+        """Makes `look` give the outputs of these layers."""
         self.maps = tuple(maps)
         for name in self.maps:
             layer(self.network, name).register_forward_hook(Recorder(self.seen, name))
@@ -133,22 +132,21 @@ class FrozenClassifier(nn.Module):
 
     def predictions(self, logits: Tensor, top: int = 1) -> list[list[dict]]:
         """The `top` likeliest classes of every row of (N, classes), if there are as many: class, label, probability."""
-        probabilities = logits.float().softmax(1).cpu()
+        best = logits.float().softmax(1).topk(min(top, len(self.labels)))
         return [
             [
-                {"class": self.class_names[i], "label": self.labels[i], "probability": round(row[i].item(), 6)}
-                for i in best
+                {"class": self.class_names[i], "label": self.labels[i], "probability": round(p, 6)}
+                for p, i in zip(probabilities, indices, strict=True)
             ]
-            for row, best in zip(probabilities, probabilities.topk(min(top, len(self.labels)))[1].tolist(), strict=True)
+            for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-
-    def reads(self, height: int, width: int) -> bool:
-        """Whether it takes images of this size: some architectures want one size, others can't read small ones."""
-        return self.refusal(height, width) is None
 
     @torch.no_grad()
     def refusal(self, height: int, width: int) -> str | None:
-        """The error that images of this size raise, in one line; None if it reads them."""
+        """The error that images of this size raise, in one line; None if it reads them.
+
+        Some architectures want one size, others can't read small images.
+        """
         try:
             self(self.mean.new_zeros(1, 3, height, width))
         except torch.OutOfMemoryError:
@@ -161,7 +159,7 @@ class FrozenClassifier(nn.Module):
     def check(self, side: int, key: str) -> None:
         """Checks that it maps images of `side` x `side` pixels, the value of the parameter `key`, to fixed scores.
 
-        Chooses the layers of the maps if none were named.
+        Finds the layers of the maps if none were named.
 
         Raises:
             InputError: it can't read them, its scores are not (N, classes), or they depend on more than the image.
@@ -175,10 +173,7 @@ class FrozenClassifier(nn.Module):
         before, scores, expected = self.fingerprint(), self(images), [2, len(self.class_names)]
         found = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if found != expected:
-            raise InputError(
-                f"the classifier's scores on 2 images are {found}, expected {expected}: wrap the network so that it "
-                "gives one tensor of as many scores as there are class names"
-            )
+            raise InputError(f"the classifier's scores on 2 images are {found}, expected {expected}: wrap the network")
         again = torch.cat([self(images[:1]), self(images[1:])])
         if self.fingerprint() != before or (again - scores).norm() > 1e-3 * scores.norm():
             raise InputError(
@@ -196,39 +191,31 @@ class FrozenClassifier(nn.Module):
         return sha256.hexdigest()[:16]
 
 
-# What a classifier has to be
-
-
-def checked_class_names(names: Sequence[str] | dict) -> list[str]:
-    """Names in the order of the scores; a dictionary maps indices to names, or names to indices."""
-    if isinstance(names, dict):
-        numbered = {str(key): value for pair in names.items() for key, value in (pair, pair[::-1])}
-        names = [numbered.get(str(i)) for i in range(len(names))]
+def checked_class_names(names: Sequence[str]) -> list[str]:
     if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise InputError("class_names: expected a list of texts in the order of the scores, or their numbers 0, 1, ...")
+        raise InputError("class_names: expected a list of texts in the order of the scores")
     if repeated := [name for name in names if names.count(name) > 1]:
         raise InputError(f"class_names: {repeated[0]!r} stands twice; every class needs a name of its own")
     if len(names) < 2:
         raise InputError(
-            "the classifier gives one score, nothing to choose between. If it is a binary network, trained with a "
-            "sigmoid, wrap it so that it gives two, torch.cat((-score, score), 1) / 2, and name both classes"
+            "class_names: one class leaves nothing to choose. If the classifier gives one score for a sigmoid, wrap it "
+            "so that it gives two, torch.cat((-score, score), 1) / 2, and name both classes"
         )
     return list(names)
 
 
-def checked_normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+def checked_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
     """Mean and standard deviation per channel, (3,) float64 each."""
     try:
-        pair = tuple(torch.as_tensor(values, dtype=torch.float64).flatten() for values in (mean, std))
-        fits = all(values.shape == (3,) and values.abs().max() <= 2 for values in pair) and bool(pair[1].min() > 0)
+        pair = [torch.as_tensor(values, dtype=torch.float64).flatten() for values in (mean, std)]
+        if all(values.shape == (3,) and values.abs().max() <= 2 for values in pair) and pair[1].min() > 0:
+            return pair
     except (TypeError, ValueError, RuntimeError):
-        fits = False
-    if not fits:
-        raise InputError(
-            "mean and std have to be three numbers each, std over 0, for images in [0,1] (for pixels up to 255: divide "
-            f"both by 255); found {(mean, std)}"[:400]
-        )
-    return pair
+        pass
+    raise InputError(
+        "mean and std have to be three numbers each, std over 0, for images in [0,1] (for pixels up to 255: divide "
+        f"both by 255); found {(mean, std)}"[:400]
+    )
 
 
 def layer(network: nn.Module, name: str) -> nn.Module:
@@ -253,38 +240,31 @@ def head_of(network: nn.Module) -> str:
 def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
     """For each of MAP_STRIDES the layer that gives the map with which the next stage starts, if there is one.
 
-    The width of a map follows that of the image, (1,3,side,side), and nothing else of its shape does. A network of one
-    size can't show that: there a map is what is square, but no matrix of attention, whose rows sum to 1.
-    A transformer keeps one size: the blocks at the quarters of its depth stand in for the strides.
+    A map of an image (1,3,side,side) is square, and only its width changes if the image is twice as wide. Networks
+    that read one size alone show none. In a transformer the blocks at the quarters of its depth stand in for the maps.
     """
     side, calls = image.shape[-1], calls_of_layers(classifier, image)
-    flexible = classifier.reads(side, 2 * side)
-    wider = calls_of_layers(classifier, image.repeat(1, 1, 1, 2)) if flexible else calls
-
-    def stride(x: object, wide: object) -> int | None:
-        if not isinstance(x, Tensor) or x.ndim != 4:
-            return None
-        for axis in (3, 2):  # of the width; 2 is Swin's order
-            changed = [i for i in range(4) if x.shape[i] != wide.shape[i]]
-            follows = changed == [axis] if flexible else (x.sum(3) - 1).abs().max() > 1e-3
-            if follows and x.shape[axis - 1] == x.shape[axis]:
-                return 2 ** round(math.log2(side / x.shape[axis]))
-        return None
-
-    outputs = [(name, x, out, stride(out, wide[2])) for (name, x, out), wide in zip(calls, wider, strict=True)]
-    strides = {id(out): found for _, _, out, found in outputs}
+    fixed = classifier.refusal(side, 2 * side) is not None
+    wider = [] if fixed else calls_of_layers(classifier, image.repeat(1, 1, 1, 2))
+    strides = {}  # of the outputs that are maps, by their id
+    for (_, _, out), (_, _, wide) in zip(calls, wider, strict=False):
+        if isinstance(out, Tensor) and out.ndim == 4:
+            changed = [i for i in range(4) if out.shape[i] != wide.shape[i]]
+            if changed in ([3], [2]) and out.shape[changed[0] - 1] == out.shape[changed[0]]:  # [2] is Swin's order
+                strides[id(out)] = 2 ** round(math.log2(side / out.shape[changed[0]]))
     chosen = []
     for wanted in MAP_STRIDES:
-        starts = [x for _, x, _, found in outputs if strides.get(id(x)) == wanted and found == 2 * wanted][-1:]
-        layers = [name for name, _, out, _ in outputs if any(out is x for x in starts)]
-        layers = layers or [name for name, _, _, found in outputs if name and found == wanted]
+        starts = [x for _, x, out in calls if strides.get(id(x)) == wanted and strides.get(id(out)) == 2 * wanted]
+        layers = [name for name, _, out in calls if starts and out is starts[-1]]
+        layers = layers or [name for name, _, out in calls if name and strides.get(id(out)) == wanted]
         chosen += layers[-1:]
     if len(chosen) >= 2:
         return chosen
-    siblings: dict[str, list[str]] = {}
-    for name, _, out, _ in outputs:
+    siblings: dict[tuple[str, type], list[str]] = {}
+    for name, _, out in calls:
         if isinstance(out, Tensor) and out.ndim == 3 and name:
-            siblings.setdefault(name.rpartition(".")[0], []).append(name)
+            kind = name.rpartition(".")[0], type(classifier.network.get_submodule(name))
+            siblings.setdefault(kind, []).append(name)
     blocks = max(siblings.values(), key=len, default=[])
     return [blocks[len(blocks) * (i + 1) // 4 - 1] for i in range(4)] if len(blocks) >= 4 else chosen
 
@@ -292,16 +272,14 @@ def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
 @torch.no_grad()
 def calls_of_layers(classifier: FrozenClassifier, image: Tensor) -> list[tuple[str, object, object]]:
     """(name, first input, output) of every layer's call, inner layers first."""
+    names = {module: name for name, module in classifier.network.named_modules()}
     calls = []
 
-    def record(name: str, inputs: tuple, out: object) -> None:
-        calls.append((name, inputs[0] if inputs else None, out))
+    def record(module: nn.Module, inputs: tuple, out: object) -> None:
+        calls.append((names.get(module, ""), inputs[0] if inputs else None, out))
 
-    modules = classifier.network.named_modules()
-    hooks = [m.register_forward_hook(lambda _, inputs, out, n=n: record(n, inputs, out)) for n, m in modules]
-    classifier(image)
-    for hook in hooks:
-        hook.remove()
+    with nn.modules.module.register_module_forward_hook(record):
+        classifier(image)
     return calls
 
 
@@ -332,62 +310,53 @@ def open_classifier(
         InputError: unknown architecture or weights, no internet, a file that does not fit.
     """
     is_file = weights is not None and (Path(weights).suffix != "" or Path(weights).exists())
-    beside, state = read_classifier_file(architecture, weights) if is_file else ({}, None)
+    noted, state = read_classifier_file(architecture, weights) if is_file else ({}, None)
+    imagenet = list(imagenet_labels())
     build = from_timm if architecture.startswith("timm/") else from_file if ".py:" in architecture else from_torchvision
-    network, noted = build(architecture, weights, state)
-    if state is not None:
-        load(network, state, weights, architecture)
-    noted = {"class_names": list(imagenet_labels())} | noted | beside
-    noted |= {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    network, known = build(architecture, weights, len(noted.get("class_names", imagenet)) if is_file else None)
+    noted = known | noted | {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    if is_file:
+        try:
+            load_strictly(network, state, weights)
+        except InputError as error:
+            hint = "; other options (an image size, ...) need a function of yours that builds the network, FILE.py:FUNCTION"
+            names = "; if its classes are not ImageNet's, write the file with models.classifier.save_classifier"
+            raise InputError(f"{error}{hint}{'' if 'class_names' in noted else names}") from None
     try:
-        return FrozenClassifier(network, **noted, head=head, maps=maps)
+        return FrozenClassifier(network, **{"class_names": imagenet} | noted, head=head, maps=maps)
     except InputError as error:
         raise InputError(f"{weights or architecture}: {error}") from None
 
 
-def load(network: nn.Module, state: dict[str, Tensor], path: str, architecture: str) -> None:
-    """`load_strictly`, with a remedy for weights that have other shapes than the architecture."""
-    own = network.state_dict()
-    try:
-        load_strictly(network, state, path)
-    except InputError as error:
-        fits = all(key in own and own[key].shape == tensor.shape for key, tensor in state.items())
-        hint = f"; for a {architecture} with other options (image size, ...) name a function of yours that builds it"
-        raise InputError(f"{error}{'' if fits else f'{hint}, FILE.py:FUNCTION (classifier.architecture)'}") from None
-
-
-def refuse_weights(architecture: str, weights: str | None, known: Sequence[str]) -> None:
+def refuse_weights(architecture: str, weights: str | None, known: Sequence[str | None]) -> None:
     """Raises InputError for weights that are no file, unless they are one of the `known` names."""
     if weights not in known:
         known = ", ".join(json.dumps(name) for name in known)
         raise InputError(f"classifier.weights: {weights!r} is no file; for {architecture} name one, or {known}")
 
 
-def from_torchvision(architecture: str, weights: str | None, state: dict | None) -> tuple[nn.Module, dict]:
-    """A network for the weights `state`, or with published ones if there are none, and what is known of these."""
+def from_torchvision(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
+    """A network of so many classes, to be filled; if None, with published weights, and what is known of these."""
     published = published_weights(architecture)
-    if state is None:
+    if classes is None:
         refuse_weights(architecture, weights, list(published))
-        transforms = published[weights].transforms()
-        return download(architecture, published[weights]), {"mean": transforms.mean, "std": transforms.std}
+        entry = published[weights]
+        sha256 = entry.url.rpartition("-")[2].removesuffix(".pth")
+        path = download(entry.url, sha256)
+        load_file(path)  # torchvision takes a file that is already there unchecked, and would run code inside it
+        refuse_other_file(path, sha256)
+        transforms = entry.transforms()
+        return get_model(architecture, weights=entry), {"mean": transforms.mean, "std": transforms.std}
     if architecture in ("googlenet", "inception_v3"):
         raise InputError(
             f"{weights}: does not say whether its {architecture} transforms its input (transform_input): name a "
             "function of yours that builds it, FILE.py:FUNCTION (classifier.architecture)"
         )
-    with torch.device("meta"):
-        key = f"{head_of(get_model(architecture, weights=None))}.weight"
-    if key not in state or state[key].ndim < 2:
-        raise InputError(f"{weights}: {key} is missing; are these weights of a {architecture}?")
-    return get_model(architecture, weights=None, num_classes=len(state[key])), {}
+    return get_model(architecture, weights=None, num_classes=classes), {}
 
 
 def published_weights(architecture: str) -> dict:
-    """torchvision's weights of an architecture, by their names.
-
-    Raises:
-        InputError: torchvision has no such classifier.
-    """
+    """torchvision's weights of an architecture, by their names."""
     if architecture not in list_models(module=torchvision.models):
         raise InputError(
             f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named "
@@ -401,56 +370,31 @@ def default_weights(architecture: str) -> str:
     return PUBLISHED if PUBLISHED in published_weights(architecture) else get_model_weights(architecture).DEFAULT.name
 
 
-def download(architecture: str, entry) -> nn.Module:
-    """torchvision's classifier and its published weights: downloaded once, checked against the hash in their name.
-
-    torchvision itself takes a file that is already there unchecked, and would run code inside it.
-    """
-    name = entry.url.rsplit("/", 1)[-1]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    try:
-        if not (folder / name).is_file():
-            entry.get_state_dict(progress=True, check_hash=True, weights_only=True)
-        load_file(folder / name)
-        refuse_other_file(folder / name, name.rpartition("-")[2].removesuffix(".pth"))
-        return get_model(architecture, weights=entry)
-    except (URLError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"the weights of {architecture} can't be downloaded ({str(error).splitlines()[0]}): "
-            f"put the file {name} into {folder}, or name a file of your own in classifier.weights"
-        ) from None
-
-
-def from_timm(architecture: str, weights: str | None, state: dict | None) -> tuple[nn.Module, dict]:
+def from_timm(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """The same for timm's networks."""
     try:
         import timm
     except ImportError:
         raise InputError(f"classifier.architecture: {architecture} needs timm: pip install timm") from None
-    name = architecture.removeprefix("timm/")
-    if state is None:
+    if classes is None:
         refuse_weights(architecture, weights, ["pretrained"])
-        options = {"pretrained": True}
-    else:
-        heads = getattr(timm.models.get_pretrained_cfg(name), "classifier", None) or ()
-        keys = [f"{head}.weight" for head in ([heads] if isinstance(heads, str) else heads)]
-        options = {"num_classes": next((len(state[key]) for key in keys if key in state and state[key].ndim), 1000)}
+    options = {"pretrained": True} if classes is None else {"num_classes": classes}
     try:
-        network = timm.create_model(name, **options)
-    except Exception as error:  # of as many kinds as there are ways to be without internet
+        network = timm.create_model(architecture.removeprefix("timm/"), **options)
+    except Exception as error:  # of as many kinds as there are ways to be without a network
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"timm can't make {architecture} ({reason}); if the download failed, get the weights where there is "
-            "internet, and name the file in classifier.weights"
+            f"timm can't make {architecture} ({reason}); if the download failed, get the weights where there is a "
+            "network, and name the file in classifier.weights"
         ) from None
     data = timm.data.resolve_model_data_config(network)
     return network, {"mean": data["mean"], "std": data["std"]}
 
 
-def from_file(architecture: str, weights: str | None, state: dict | None) -> tuple[nn.Module, dict]:
+def from_file(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """The network that a function of the user's own returns, and what its file says of it."""
     path, _, function = architecture.rpartition(":")
-    if state is None:
+    if classes is None:
         refuse_weights(architecture, weights, [None])
     try:
         spec = importlib.util.spec_from_file_location(f"classifier_{Path(path).stem}", path)
@@ -471,9 +415,8 @@ def read_classifier_file(architecture: str, path: str) -> tuple[dict, dict[str, 
     state = unwrap(contents, path)
     if not isinstance(contents, dict) or not any(isinstance(value, dict) for value in contents.values()):
         return {}, state  # weights alone: what is called mean or std there is a buffer of the network's
-    noted = contents.get("architecture", architecture)
-    if noted != architecture:
-        raise InputError(f"{path}: holds a {noted}; classifier.architecture says {architecture}")
+    if (held := contents.get("architecture") or architecture) != architecture:
+        raise InputError(f"{path}: holds a {held}; classifier.architecture says {architecture}")
     return {key: contents[key] for key in NOTED if key in contents}, state
 
 
@@ -488,16 +431,15 @@ def save_classifier(
     trained_for: dict | None = None,
 ) -> None:
     """Writes what `open_classifier` reads: weights (a network's or a state dict), class names in the order of the
-    scores, the normalisation of the training (per channel, of images in [0,1]), and if given the architecture and what
-    the classifier was trained for (see models.weights.trained_for).
+    scores, the normalisation of the training (per channel, of images in [0,1]), the architecture and what the
+    classifier was trained for (see models.weights.trained_for).
 
     Raises:
         InputError: class names or a normalisation that `FrozenClassifier` would refuse.
     """
     mean, std = (values.tolist() for values in checked_normalisation(mean, std))
     contents = {"class_names": checked_class_names(class_names), "mean": mean, "std": std}
-    notes = {"architecture": architecture, "trained_for": trained_for}
-    contents |= {key: value for key, value in notes.items() if value is not None}
+    contents |= {"architecture": architecture, "trained_for": trained_for}
     contents["state_dict"] = network.state_dict() if isinstance(network, nn.Module) else network
     save_file(contents, path)
 

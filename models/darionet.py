@@ -34,10 +34,8 @@ OTHER_ROWS = ("original", "small", "bilinear", "bicubic")  # of the results, in 
 class DarioNet:
     """A trained network, ready to rebuild images.
 
-    Args:
-        weights: a file that train_darionet.py wrote, or any RRDBNet x4; by default the network for photographs that
-            comes with the project.
-        device: "cpu", "cuda", ...
+    `weights` is a file that train_darionet.py wrote, or any RRDBNet x4; by default the network for photographs that
+    comes with the project.
 
     Raises:
         InputError: no file, not weights, or not an RRDBNet x4.
@@ -59,9 +57,7 @@ class DarioNet:
         return to_image(rebuilt) if isinstance(images, Image.Image) else rebuilt
 
 
-def load_rrdbnet(
-    path: str, device: torch.device | str = "cpu", memory_format: torch.memory_format | None = None
-) -> RRDBNet:
+def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
     """The RRDBNet of a weights file; its size is read from the weights.
 
     Raises:
@@ -70,17 +66,10 @@ def load_rrdbnet(
     weights = load_generator(path)
     network = RRDBNet(*generator_size(weights))
     load_strictly(network, weights, path)
-    return to_device(network, device, memory_format)
+    return to_device(network, device)
 
 
-def build_darionet(
-    features: int,
-    blocks: int,
-    growth: int,
-    initial_weights: str | None,
-    device: torch.device | str = "cpu",
-    memory_format: torch.memory_format | None = None,
-) -> RRDBNet:
+def build_darionet(features: int, blocks: int, growth: int, initial_weights: str | None) -> RRDBNet:
     """A DarioNet to be trained: of the size asked for, from `initial_weights`, or as an enlargement if that is None.
 
     `initial_weights` is a file, or a name in models.weights.URLS, which is downloaded once.
@@ -90,14 +79,14 @@ def build_darionet(
     """
     size = (features, blocks, growth)
     if initial_weights is None:
-        return to_device(RRDBNet(*size), device, memory_format)
+        return RRDBNet(*size)
     path = published_file(initial_weights)
     if not Path(path).is_file():
         raise InputError(
             f"{path}: no such weights file (darionet.initial_weights); README.md says where to get ESRGAN's; "
             f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
         )
-    network = load_rrdbnet(path, device, memory_format)
+    network = load_rrdbnet(path)
     if (found := generator_size(network.state_dict())) != size:
         raise InputError(
             f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters (darionet)"
@@ -114,8 +103,7 @@ def load_upscalers(
 ) -> dict[str, Upscale]:
     """The networks to compare, by the name of their row: where DarioNet started, if that file exists, and `weights`.
 
-    `initial_weights` may be a name, as in `build_darionet`; if it can't be downloaded, a line says so. `interpolation`
-    and `antialias` are those of Upscale.
+    `initial_weights` is as in `build_darionet`; if it can't be downloaded, a line says so.
 
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
@@ -129,16 +117,16 @@ def load_upscalers(
     start = []
     if initial_weights is not None:
         try:
-            start = list(filter(os.path.isfile, [published_file(initial_weights)]))
+            start = [path for path in [published_file(initial_weights)] if Path(path).is_file()]
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
     # A file that is named twice has its last place: the last row is the one that is looked at.
     paths = list({os.path.realpath(path): path for path in reversed([*start, *weights])}.values())[::-1]
-    kinds = Counter(map(row_name, paths))
-    names = [name if kinds[name := row_name(path)] == 1 else Path(path).stem for path in paths]
+    names = [row_name(path) for path in paths]
+    names = [name if names.count(name) == 1 else Path(path).stem for name, path in zip(names, paths, strict=True)]
     taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
     names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
-    networks = [load_rrdbnet(path, device).eval() for path in paths]
+    networks = (load_rrdbnet(path, device).eval() for path in paths)
     return {name: Upscale(one, interpolation, antialias) for name, one in zip(names, networks, strict=True)}
 
 
@@ -153,19 +141,20 @@ def row_name(path: str) -> str:
 
 def other_input(path: str, reduction: Reduction) -> str | None:
     """A line that says how this input differs from what the weights were trained for; None if it does not."""
-    note, now = trained_for(path), reduction.note()
+    note = trained_for(path)
     drawn = note.get("random_reduction") or {}
-    known = {key: [note.get(key, value), *drawn.get(key, ())] for key, value in now.items()}
-    if was_drawn(reduction.scale, note):
-        known["scale"].append(reduction.scale)
-    different = [f"{key} {note[key]}, not {value}" for key, value in now.items() if value not in known[key]]
+    different = [
+        f"{key} {note[key]}, not {value}"
+        for key, value in reduction.note().items()
+        if value not in [note.get(key, value), *drawn.get(key, ())] and not (key == "scale" and was_drawn(value, note))
+    ]
     return f"Note: {path} was trained for {', '.join(different)}; expect less" if different else None
 
 
 def other_size(path: str, side: int, full_side: int) -> str | None:
-    """A line that says how images that are small already differ in size from what the weights were trained for.
+    """A line that says that small images of `side` pixels, rebuilt to `full_side`, differ from the training's.
 
-    `side` is their shorter side and `full_side` what it is rebuilt to, in pixels; None within a quarter, or unknown.
+    None if the sizes are within a quarter, or unknown.
     """
     note, scale = trained_for(path), side / full_side
     trained = reduced_length(full_side, note.get("scale", scale))

@@ -23,15 +23,14 @@ SRGB_GAMMA = 1 / 2.2  # what a PNG says that means sRGB
 
 
 class UnreadableImage(Exception):
-    """The file is no image that can be decoded and shown rightly; the message says why."""
+    """The file is no image that can be decoded and shown rightly."""
 
 
 def read_image(path: str | os.PathLike) -> Image.Image:
     """The file's first frame as 8-bit sRGB, turned as its EXIF orientation says, transparency on white.
 
     Raises:
-        UnreadableImage: not a plain file, not an image of FORMATS, damaged, too large, or of a layout that Pillow is
-            not known to show rightly.
+        UnreadableImage: no image that is shown rightly; the message, one line, says why without the file's name.
         OSError: this process has too many open files.
     """
     try:
@@ -51,8 +50,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         reason = error.strerror or str(error)
     except Exception as error:  # Pillow's decoders raise many kinds on damaged files
         reason = f"{type(error).__name__}: {error}"
-    name = os.fspath(path)  # whoever lists the reasons names the file
-    raise UnreadableImage(reason.replace(f" {name!r}", "").replace(name, "").replace("\n", " ")[:200])
+    raise UnreadableImage(reason.replace("\n", " ")[:200])
 
 
 def as_shown(image: Image.Image) -> Image.Image:
@@ -61,18 +59,14 @@ def as_shown(image: Image.Image) -> Image.Image:
     tiles = getattr(image, "tile", ())
     frame = tiles[0].extents if image.format == "GIF" and tiles else None
     image.load()
-    rgb = to_rgb(turn_upright(image))
+    with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
+        image = ImageOps.exif_transpose(image)
+    rgb = to_rgb(image)
     if frame and frame != (0, 0, *rgb.size):  # what a GIF's first frame leaves of its canvas is transparent
         whole = Image.new("RGB", rgb.size, "white")
         whole.paste(rgb.crop(frame), frame[:2])
         return whole
     return rgb
-
-
-def turn_upright(image: Image.Image) -> Image.Image:
-    with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
-        return ImageOps.exif_transpose(image)
-    return image
 
 
 def refuse_odd_layout(image: Image.Image) -> None:
@@ -96,11 +90,7 @@ def refuse_odd_layout(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as Pillow decodes it -> 8-bit sRGB on white.
-
-    Raises:
-        UnreadableImage: its mode is none that is known to be shown rightly.
-    """
+    """An image as Pillow decodes it -> 8-bit sRGB on white; refuses modes that are not known to be shown rightly."""
     info, mode = image.info, image.mode
     if mode in DEEP:
         image = to_8_bits(image)

@@ -10,9 +10,7 @@ import json
 import os
 import pickle
 import re
-import shlex
 import warnings
-from http.client import HTTPException
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,17 +36,15 @@ URLS = {  # each file has its SHA-256 in PUBLISHED
     "RealESRGAN_x4plus_anime_6B": f"{RELEASES}/v0.2.2.4/RealESRGAN_x4plus_anime_6B.pth",
 }
 # Names of the entry that holds the weights, averaged ones (EMA) first, and of modules around the network.
-AVERAGED = ("params_ema", "params-ema", "state_dict_ema", "model_ema")
-WRAPPERS = (*AVERAGED, "params", "state_dict", "model_state_dict", "model", "network", "net", "generator")
+WRAPPERS = (
+    *("params_ema", "params-ema", "state_dict_ema", "model_ema"),
+    *("params", "state_dict", "model_state_dict", "model", "network", "net", "generator"),
+)
 PREFIXES = ("module.", "_orig_mod.", "netG.", "model.", "net.", "network.", "generator.", "layers.0.", "0.")
 # Plain data that checkpoints hold beside the weights: options of a command line, scores as numpy's numbers.
 SCALAR = np.float64(0).__reduce__()[0]
 NUMPY = [(SCALAR, "numpy._core.multiarray.scalar"), (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
 ALLOWED = [argparse.Namespace, *NUMPY, type(np.dtype("f4")), type(np.dtype("f8"))]
-CONVERSION = (
-    'python -c "import sys, torch; x = torch.load(sys.argv[1], weights_only=False); '
-    "torch.save(x.state_dict() if hasattr(x, 'state_dict') else x['state_dict'], sys.argv[2])\""
-)
 # Key names of BasicSR and Real-ESRGAN, and of the first ESRGAN release, as the ESRGAN repository's.
 RENAMES = {
     r"^body\.": "RRDB_trunk.",
@@ -69,7 +65,7 @@ SIZE_KEYS = ("conv_first.weight", "RRDB_trunk.0.RDB1.conv1.weight")
 
 
 def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU; of a .safetensors file `params` and `trained_for`. Code never runs.
+    """What `torch.save` wrote, on the CPU; of a .safetensors file in the form of `save_weights`. Code never runs.
 
     Raises:
         InputError: the file is absent, unreadable, or holds what can't be read without running its code.
@@ -79,33 +75,24 @@ def load_file(path: str | Path) -> object:
         raise InputError(f"{path}: no such weights file")
     try:
         if path.suffix == ".safetensors":
-            return load_safetensors(path)
+            from safetensors import safe_open
+
+            with safe_open(path, "pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return {"params": tensors, "trained_for": (file.metadata() or {}).get("trained_for")}
         with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
             warnings.simplefilter("ignore")  # of old forms; what can't be read raises
             return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
+    except ImportError:
+        raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
     except Exception as error:  # torch reports a damaged file as any of a dozen exceptions
         if isinstance(error, pickle.UnpicklingError) and path.open("rb").read(1) in b"P\x80":  # zip or pickle
             raise InputError(
-                f"{path}: not a file of weights alone: to read it would run code; if you trust it, this makes a plain "
-                f"one of it: {CONVERSION} {shlex.quote(str(path))} {shlex.quote(f'{path}.plain.pt')}"
+                f"{path}: not a file of weights alone: to read it would run code; if you trust it, load it with "
+                "torch.load(FILE, weights_only=False), and save its state_dict() alone with torch.save"
             ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: not a readable weights file ({reason})") from None
-
-
-def load_safetensors(path: Path) -> dict:
-    try:
-        from safetensors import safe_open
-    except ImportError:
-        raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
-    with safe_open(path, "pt") as file:
-        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    try:
-        return {"params": tensors, "trained_for": json.loads(metadata.get("trained_for", "{}"))}
-    except (ValueError, RecursionError):  # another project's text of this name
-        return {"params": tensors}
 
 
 def sha256_of(path: str | Path) -> str:
@@ -123,12 +110,7 @@ def refuse_other_file(path: str | Path, expected: str | None) -> None:
 
 
 def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
-    """The state dict inside `contents`, without the wrappers and prefixes that other projects add; averaged weights
-    (EMA) are preferred.
-
-    Raises:
-        InputError: there is none.
-    """
+    """The state dict inside `contents`, without other projects' wrappers and prefixes; of averaged weights, if any."""
     for _ in range(3):  # wrappers may be nested
         entries = contents if isinstance(contents, dict) else {}
         inner = [entries[name] for name in WRAPPERS if isinstance(entries.get(name), dict) and entries[name]]
@@ -156,22 +138,17 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
     """
     contents = load_file(path)
     refuse_other_file(path, PUBLISHED.get(Path(path).name))
-    state = unwrap(contents, path)
-    weights = {esrgan_name(key): tensor for key, tensor in state.items()}
+    weights = unwrap(contents, path)
+    first = next(iter(weights))
+    for pattern, name in RENAMES.items():
+        weights = {re.sub(pattern, name, key): tensor for key, tensor in weights.items()}
     for key in SIZE_KEYS:
         if key not in weights or weights[key].ndim != 4 or not 0 < len(weights[key]) <= 1024:
             fault = f"is {list(weights[key].shape)}" if key in weights else "is missing"
-            raise InputError(f"{path}: not an RRDBNet: {key} {fault}, its first key is {next(iter(state))}")
+            raise InputError(f"{path}: not an RRDBNet: {key} {fault}, its first key is {first}")
     if weights[SIZE_KEYS[0]].shape[1] == 12:
         raise InputError(f"{path}: an RRDBNet for a factor of 2; this project needs one for a factor of 4")
     return weights
-
-
-def esrgan_name(key: str) -> str:
-    """The ESRGAN repository's name of a key; keys of no known family stay as they are."""
-    for pattern, name in RENAMES.items():
-        key = re.sub(pattern, name, key)
-    return key
 
 
 def generator_size(weights: dict[str, Tensor]) -> tuple[int, int, int]:
@@ -190,17 +167,15 @@ def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: str | Pat
     """
     own, weights = bare(module.state_dict()), bare(weights)
     for key, tensor in own.items():
-        if key not in weights and key.endswith("num_batches_tracked"):
-            continue
-        if key not in weights:
+        if key in weights:
+            if weights[key].shape != tensor.shape:
+                raise InputError(f"{path}: {key} is {list(weights[key].shape)}, expected {list(tensor.shape)}")
+            if not torch.isfinite(weights[key].to(tensor.dtype)).all():
+                raise InputError(f"{path}: {key} holds values that are not finite")
+        elif not key.endswith("num_batches_tracked"):
             raise InputError(f"{path}: {key} is missing (expected {list(tensor.shape)})")
-        if weights[key].shape != tensor.shape:
-            raise InputError(f"{path}: {key} is {list(weights[key].shape)}, expected {list(tensor.shape)}")
-        if not torch.isfinite(weights[key].to(tensor.dtype)).all():
-            raise InputError(f"{path}: {key} holds values that are not finite")
-    for key in weights:
-        if key not in own:
-            raise InputError(f"{path}: {key} is not a part of this network")
+    if foreign := [key for key in weights if key not in own]:
+        raise InputError(f"{path}: {foreign[0]} is not a part of this network")
     for key, tensor in weights.items():
         own[key].copy_(tensor)
 
@@ -209,28 +184,21 @@ def trained_for(path: str | Path) -> dict:
     """What the weights in a file were trained for, as `save_weights` noted it; {} for weights from elsewhere.
 
     Earlier versions wrote the note to FILE.json, with the SHA-256 of FILE; it is read if FILE has none itself.
-
-    Raises:
-        InputError: the file can't be read, or FILE.json is damaged.
     """
     contents, beside = load_file(path), Path(f"{path}.json")
     note = contents.get("trained_for") if isinstance(contents, dict) else None
-    if not note and beside.is_file():
-        try:
-            note = dict(json.loads(beside.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            raise InputError(f"{beside}: not a note on weights; remove it") from None
-        if note.pop("sha256", None) not in (None, sha256_of(path)):  # of other weights
-            return {}
-    return note if isinstance(note, dict) else {}
+    try:
+        if not note and beside.is_file():
+            note = beside.read_text(encoding="utf-8")
+        note = dict(json.loads(note) if isinstance(note, str) else note)
+    except (ValueError, TypeError, RecursionError):  # another project's
+        return {}
+    sha256 = note.pop("sha256", None)
+    return note if sha256 is None or sha256 == sha256_of(path) else {}
 
 
 def save_weights(network: nn.Module | dict[str, Tensor], path: str | Path, note: dict) -> None:
-    """Writes weights and, as plain JSON values, what they were trained for; `network` may be a state dict.
-
-    Raises:
-        OSError: no space, no permission; the old file stays.
-    """
+    """Writes weights and, as plain JSON values, what they were trained for; `network` may be a state dict."""
     state = network.state_dict() if isinstance(network, nn.Module) else network
     params = {key: tensor.detach().cpu().clone() for key, tensor in state.items()}
     save_file({"params": params, "trained_for": json.loads(json.dumps(note, allow_nan=False))}, path)
@@ -267,29 +235,29 @@ def save_to(file: BinaryIO, contents: object) -> None:
 
 
 def published_file(name: str) -> str:
-    """The file of the weights `name`, downloaded once into torch's hub folder; any other text is a file name already.
+    """The file of the weights `name`, downloaded once; any other text is a file name already."""
+    return str(download(URLS[name], PUBLISHED[f"{name}.pth"])) if name in URLS else name
+
+
+def download(url: str, sha256: str) -> Path:
+    """The file of a URL in torch's hub folder, downloaded if it is not there; `sha256` may be the beginning of it.
 
     Raises:
-        InputError: no network, or not the file that its owner published; says which file to put where.
+        InputError: no network, or another file; says which file to put where.
     """
-    if name not in URLS:
-        return name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / f"{name}.pth"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not path.is_file():
-        say(f"Downloading {URLS[name]} to {path}")
+        say(f"Downloading {url} to {path}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
-            progress = os.environ.get("RANK", "0") == "0"
-            torch.hub.download_url_to_file(URLS[name], str(path), PUBLISHED[path.name], progress)
-        except (OSError, HTTPException, RuntimeError) as error:
-            if not path.is_file():  # nor has another process finished it
-                reason = getattr(error, "reason", None) or error
-                raise InputError(
-                    f"{name} can't be downloaded ({reason}): get {URLS[name]} where there is a network, and put "
-                    f"{path.name} into {path.parent}"
-                ) from None
-    return str(path)
+            torch.hub.download_url_to_file(url, str(path), sha256, progress=os.environ.get("RANK", "0") == "0")
+        except Exception as error:  # of as many kinds as there are ways to be without a network
+            raise InputError(
+                f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
+                f"{path.name} into {path.parent}"
+            ) from None
+    return path
 
 
 def say(line: str) -> None:

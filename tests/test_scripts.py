@@ -281,7 +281,7 @@ def test_a_classifier_by_name(start, trained, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(trained))
     monkeypatch.setattr("torch.hub.urlopen", no_network)
     for name, file in (("resnet50", "resnet50-0676ba61.pth"), ("vit_h_14", "vit_h_14_swag-80465313.pth")):
-        one_line(start("test", "--classifier", name), f"put the file {file} into")
+        one_line(start("test", "--classifier", name), f"put {file} into")
 
 
 def test_try_one_image(start, trained):
@@ -313,8 +313,8 @@ def test_an_input_that_the_weights_were_not_trained_for_is_mentioned(start, trai
         matching = ["--set", "transformations.scale=0.5", "--set", "transformations.antialias=true"]
         assert "trained for" not in start(*call, *matching).out
     torch.save(load_generator("DarioNet.pt"), "DarioNet.pt")
-    Path("DarioNet.pt.json").write_text("[")  # where earlier versions wrote the note
-    one_line(start("test"), "DarioNet.pt.json", "remove it")
+    Path("DarioNet.pt.json").write_text('{"scale": 0.5}')  # where earlier versions wrote the note
+    assert "trained for scale 0.5, not 0.32" in start("test").out
 
 
 def test_try_small_images(start, trained):
