@@ -319,7 +319,7 @@ def open_classifier(
         try:
             load_strictly(network, state, weights)
         except InputError as error:
-            hint = "; other options (an image size, ...) need a function of yours that builds the network, FILE.py:FUNCTION"
+            hint = "; other options (an image size, ...) need your own function that builds it, FILE.py:FUNCTION"
             names = "; if its classes are not ImageNet's, write the file with models.classifier.save_classifier"
             raise InputError(f"{error}{hint}{'' if 'class_names' in noted else names}") from None
     try:

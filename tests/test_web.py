@@ -78,7 +78,7 @@ def test_what_the_page_shows(web, networks):
 
 
 def test_a_classifier_that_reads_no_small_images(web, networks, monkeypatch):
-    monkeypatch.setattr(networks.classifier, "reads", lambda height, width: False)
+    monkeypatch.setattr(networks.classifier, "refusal", lambda height, width: "too small")
     rows = web.read_all(networks, torch.rand(1, 3, 32, 32), Reduction(0.25))
     assert rows["Small"].labels == {} and len(rows["Bilinear"].labels) == 3
 
