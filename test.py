@@ -21,7 +21,6 @@ import json
 from pathlib import Path
 
 import torch
-from torchvision import models
 
 from experiment import metrics, plots
 from experiment.data import (
@@ -191,6 +190,8 @@ def classifier_settings(choice: str | None) -> list[str]:
     """The parameters that --classifier stands for: an architecture with its published weights, or a file."""
     if choice is None:
         return []
+    from torchvision import models  # here, since its import takes as long as torch's
+
     architecture = choice
     if ".py:" in choice:
         weights = None

@@ -20,12 +20,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.v2 import functional as vision
 
 from experiment.runtime import STOP_SIGNALS, Stopper, keep_freed_memory
 from experiment.sampling import open_images
 from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image
+from models.scaler import size_of_shorter_side
 
 READ_AT_ONCE = 16  # small images that a worker reads before it hands them over
 WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
@@ -54,8 +54,10 @@ class Transform(NamedTuple):
     def __call__(self, image: Image.Image, index: int) -> Tensor:
         width, height = image.size
         if max(width, height) > LONGEST * min(width, height):
-            image = vision.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
-        image = vision.resize(image, [self.resize])
+            width, height = min(width, LONGEST * height), min(height, LONGEST * width)
+            left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+            image = image.crop((left, top, left + width, top + height))
+        image = image.resize(size_of_shorter_side(*image.size, self.resize), Image.Resampling.BILINEAR)
         top, left = (image.height - self.crop) // 2, (image.width - self.crop) // 2
         flips = (False, False)
         if self.epoch is not None:

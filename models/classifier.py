@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights, list_models
 
 from models.errors import InputError
 from models.images import to_tensor
@@ -337,6 +335,8 @@ def refuse_weights(architecture: str, weights: str | None, known: Sequence[str |
 
 def from_torchvision(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """A network of so many classes, to be filled; if None, with published weights, and what is known of these."""
+    from torchvision.models import get_model
+
     published = published_weights(architecture)
     if classes is None:
         refuse_weights(architecture, weights, list(published))
@@ -357,16 +357,20 @@ def from_torchvision(architecture: str, weights: str | None, classes: int | None
 
 def published_weights(architecture: str) -> dict:
     """torchvision's weights of an architecture, by their names."""
-    if architecture not in list_models(module=torchvision.models):
+    from torchvision import models  # here, since its import takes as long as torch's
+
+    if architecture not in models.list_models(module=models):
         raise InputError(
             f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named "
             "timm/NAME or FILE.py:FUNCTION"
         )
-    return {entry.name: entry for entry in get_model_weights(architecture)}
+    return {entry.name: entry for entry in models.get_model_weights(architecture)}
 
 
 def default_weights(architecture: str) -> str:
     """The name of the published weights of a torchvision architecture for which none are named."""
+    from torchvision.models import get_model_weights
+
     return PUBLISHED if PUBLISHED in published_weights(architecture) else get_model_weights(architecture).DEFAULT.name
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as vision
 
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "QOI")  # whatever a file's name
 ALPHA = ("LA", "PA", "RGBA", "RGBa")
@@ -145,7 +144,7 @@ def profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform |
 
 def to_tensor(image: Image.Image) -> Tensor:
     """An image of any mode -> (1,3,height,width) float32 in [0,1], `as_shown`."""
-    return vision.to_dtype(vision.pil_to_tensor(as_shown(image)), torch.float32, scale=True)[None]
+    return torch.from_numpy(np.array(as_shown(image))).permute(2, 0, 1)[None].float() / 255
 
 
 def is_flattened(path: str | os.PathLike) -> bool:
@@ -157,4 +156,4 @@ def is_flattened(path: str | os.PathLike) -> bool:
 def to_image(images: Tensor) -> Image.Image:
     """(1,3,H,W) or (3,H,W) float in [0,1] -> an RGB image; what lies outside is clamped, the rest rounded to 8 bits."""
     pixels = images.detach().reshape(3, *images.shape[-2:]).float().clamp(0, 1).mul(255).round().byte()
-    return vision.to_pil_image(pixels.cpu())
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -10,14 +10,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torch.nn import functional as F
 
-INTERPOLATIONS = {
-    "bilinear": InterpolationMode.BILINEAR,
-    "bicubic": InterpolationMode.BICUBIC,
-    "nearest": InterpolationMode.NEAREST_EXACT,
-}
+INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest-exact"}  # by torch's names
 
 
 class Scaler(nn.Module):
@@ -51,12 +46,23 @@ class Scaler(nn.Module):
         Float64 stays what it is.
         """
         images = at_least_float32(images)
-        mode = INTERPOLATIONS[self.interpolation]
+        size = tuple(self.sides) if len(self.sides) == 2 else size_of_shorter_side(*images.shape[-2:], *self.sides)
+        if size == images.shape[-2:]:
+            return images
+        options = {"mode": INTERPOLATIONS[self.interpolation]}
+        if self.interpolation != "nearest":
+            options |= {"align_corners": False, "antialias": self.antialias}
         with torch.autocast(images.device.type, enabled=False):
             try:
-                return resize(images, self.sides, mode, antialias=self.antialias)
+                return F.interpolate(images, size, **options)
             except NotImplementedError:  # what MPS lacks
-                return resize(images.cpu(), self.sides, mode, antialias=self.antialias).to(images.device)
+                return F.interpolate(images.cpu(), size, **options).to(images.device)
+
+
+def size_of_shorter_side(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width) after a resize of the shorter side to `side`; the other is rounded down, as torchvision does."""
+    shorter, longer = min(height, width), int(side * max(height, width) / min(height, width))
+    return (side, longer) if height == shorter else (longer, side)
 
 
 def at_least_float32(values: Tensor) -> Tensor:
