@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import ResNet50_Weights, VisionTransformer, get_model
 
-import models.scaler
 from benchmarks.correctness import drawn_images
 from experiment.runtime import start_runtime
 from models.classifier import LABELS_FILE, FrozenClassifier, default_weights, open_classifier, save_classifier
@@ -600,7 +599,7 @@ def test_a_classifier_reads_a_picture(tmp_path):
 
 def test_what_a_device_lacks_is_resized_on_the_cpu(monkeypatch):
     """Macs: an operation that MPS lacks raises NotImplementedError."""
-    images, calls, resize = drawn_images(1, 16, 1), [], models.scaler.resize
+    images, calls, resize = drawn_images(1, 16, 1), [], F.interpolate
 
     def lacking(*arguments, **options):
         calls.append(arguments[0])
@@ -609,7 +608,7 @@ def test_what_a_device_lacks_is_resized_on_the_cpu(monkeypatch):
         return resize(*arguments, **options)
 
     expected = Scaler(5, antialias=True)(images)
-    monkeypatch.setattr("models.scaler.resize", lacking)
+    monkeypatch.setattr("models.scaler.F.interpolate", lacking)
     assert torch.equal(Scaler(5, antialias=True)(images), expected) and len(calls) == 2
 
 
