@@ -1,4 +1,4 @@
-# make demo   the whole program on drawn pictures, offline after installation, in 4 to 8 minutes on two cores
+# make demo   the whole program on drawn pictures, offline after installation, in about 4 minutes on two cores with bf16 units
 # make photographs   what the network that comes with the project makes of 200 free photographs
 # make test   the checks
 # make soak   the long checks of docs/reliability.md, about half an hour on two cores
