@@ -8,7 +8,7 @@
     python try_darionet.py img.jpg --weights assets/logs/train_20260101-120000/best.pt
     python try_darionet.py img.jpg --parameters examples/shapes/parameters.json
 
-It computes in bf16 if the device has units for that, else in float32; --set test.precision=float32 changes it.
+It computes in float32; --set test.precision=auto is faster if the device has bf16 units, and changes some decisions.
 Files go to assets/logs/try_<stamp>_<image>/; a window opens if there is a screen. If no DarioNet was trained yet, the
 network of examples/photographs is taken with its classifier.
 
@@ -75,16 +75,13 @@ def main() -> int:
     # The networks
     t, side = parameters.transformations, parameters.transformations.val_crop_size
     weights = arguments.weights or [parameters.darionet.weights]
-    is_set = "precision" in parameters.test.model_fields_set  # the default serves the table of test.py
-    runtime = start_runtime(parameters.test.precision if is_set else "auto")
+    runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(side, "transformations.val_crop_size")
     restores = {BASELINE: Enlarge("bilinear")}
     restores |= load_upscalers(weights, None, runtime.device, t.interpolation, t.antialias)
     rows = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]  # ours last
-    used = parameters.test.model_copy(update={"precision": runtime.precision})
-    parameters = parameters.model_copy(update={"test": used})  # as they are written beside the results
     print(f"Machine: {runtime.describe()}")
     if path.is_dir():
         with Stopper() as stopper:

@@ -132,9 +132,7 @@ class TestSection(Section):
     epochs: int = entry(1, "Repeats the timing; with `batches_per_epoch`, each takes other images.", ge=1, le=1000)
     batches_per_epoch: int | None = entry(None, "A number: each epoch takes that many random batches.", ge=1)
     verbose: bool = entry(True, "True shows a progress bar.")
-    precision: Precision = entry(
-        "float32", "As `training.precision`, for test.py; if unset, try_darionet.py takes auto."
-    )
+    precision: Precision = entry("float32", "Precision of the evaluation, as `training.precision`.")
 
 
 class DataSection(Section):

@@ -96,7 +96,7 @@ def write_parameters(path: Path, **sections) -> Path:
     values = {
         "transformations": {"resize_size": 36, "train_crop_size": 32, "val_crop_size": 32},
         "training": {"epochs": 2, "batch_size": 4, "learning_rate": 1e-3},
-        "test": {"batch_size": 4, "precision": "float32"},
+        "test": {"batch_size": 4},
         "data": {
             "train_original": "train_original",
             "train": "train",
