@@ -23,16 +23,7 @@ from pathlib import Path
 import torch
 
 from experiment import metrics, plots
-from experiment.data import (
-    LARGEST_SMALL,
-    ImageTree,
-    Transform,
-    Whole,
-    batches,
-    epoch_batches,
-    small_batches,
-    to_float,
-)
+from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, to_float, whole_small
 from experiment.evaluation import Evaluation, evaluate, full_size, joined, make_pipelines, open_restore
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
@@ -84,7 +75,7 @@ def main() -> int:
         runtime = start_runtime(options.precision)
         seed_without_tf32(options.seed)
         side, is_small = t.val_crop_size, arguments.small
-        transform = Whole(int(LARGEST_SMALL * side)) if is_small else Transform(t.resize_size, side)
+        transform = whole_small(side) if is_small else Transform(t.resize_size, side)
         dataset = ImageTree(parameters.data.test, transform)
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         networks = load_upscalers(
@@ -127,9 +118,10 @@ def main() -> int:
         for epoch in range(options.epochs):
             chosen = runtime.part(lists if limit is None else lists[epoch * limit : (epoch + 1) * limit])
             workers, is_cuda, keep = parameters.data.workers, runtime.device.type == "cuda", epoch == 0 or bool(limit)
-            arriving = batches(dataset, chosen, workers, is_cuda, stopper)
             if is_small:
                 arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
+            else:
+                arriving = batches(dataset, chosen, workers, is_cuda, stopper)
             bar = progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image")
             with bar, out_of_memory_is_one_line(options.batch_size, "test.batch_size"):
                 full_side = side if is_small else None

@@ -24,7 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiment import plots
-from experiment.data import LARGEST_SMALL, ImageTree, Whole, photograph, small_batches, to_float
+from experiment.data import ImageTree, photograph, small_batches, to_float, whole_small
 from experiment.evaluation import ask, full_size, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
@@ -90,7 +90,7 @@ def main() -> int:
     # One image
     try:
         if is_small:
-            image = Whole(int(LARGEST_SMALL * side))(read_image(path), 0)
+            image = whole_small(side)(read_image(path), 0)
             notes = [other_size(weights[-1], min(image.shape[-2:]), side)]
         else:
             image = photograph(path, t.resize_size, side)
@@ -164,6 +164,8 @@ def draw_sheet(
     """Some small images, what the rows rebuild of them, and what is read there."""
     columns, titles = {"As it came": [], **{row.name: [] for row in rows}}, []
     for image in (dataset[i][1] for i in places):
+        if isinstance(image, str):  # it can't be read any more
+            return
         images = to_float(image[None], runtime.device)
         found = [ask(row, images, runtime, full_size(images.shape, side)) for row in rows]
         for column, shown in zip(columns.values(), [images, *(rebuilt for _, rebuilt, _ in found)], strict=True):
@@ -190,7 +192,7 @@ def read_folder(
     """
     t, batch_size = parameters.transformations, parameters.test.batch_size
     side = t.val_crop_size
-    dataset = ImageTree(str(path), Whole(int(LARGEST_SMALL * side)))
+    dataset = ImageTree(str(path), whole_small(side))
     names, targets, chosen = dataset.paths, [], list(range(len(dataset)))
     if out:
         targets = [out / output_name(name) for name in names]

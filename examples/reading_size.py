@@ -20,16 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from experiment.data import (
-    LARGEST_SMALL,
-    ImageTree,
-    Transform,
-    Whole,
-    batches,
-    epoch_batches,
-    small_batches,
-    to_float,
-)
+from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, to_float, whole_small
 from experiment.evaluation import full_size
 from experiment.metrics import BASELINE, bootstrap, interval, mcnemar, mcnemar_line, require_finite, write_json
 from experiment.parameters import read_parameters
@@ -70,8 +61,8 @@ def main() -> int:
     weights = arguments.weights or [parameters.darionet.weights]
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
-    whole = Whole(int(LARGEST_SMALL * t.val_crop_size))
-    dataset = ImageTree(parameters.data.test, whole if arguments.small else Transform(t.resize_size, t.val_crop_size))
+    crop = t.val_crop_size
+    dataset = ImageTree(parameters.data.test, whole_small(crop) if arguments.small else Transform(t.resize_size, crop))
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     for side in sides:
         classifier.check(side, "--sides")
@@ -88,8 +79,8 @@ def main() -> int:
     right = {(name, side): {} for name in restores for side in sides}  # image -> 1 or 0
     with Stopper() as stopper, progress_bar(len(order), "reading sizes", options.verbose, unit="image") as bar:
         if arguments.small:
-            side = reduced_length(t.val_crop_size, t.scale)
-            arriving = small_batches(dataset, order, parameters.data.workers, options.batch_size, side, stopper)
+            small_side = reduced_length(crop, t.scale)
+            arriving = small_batches(dataset, order, parameters.data.workers, options.batch_size, small_side, stopper)
         else:
             arriving = batches(dataset, lists, parameters.data.workers, stopper=stopper)
         for batch in arriving:

@@ -83,6 +83,11 @@ class Whole(NamedTuple):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def whole_small(crop: int) -> Whole:
+    """What reads images that are small beside the classifier's crops of `crop` pixels, and refuses others."""
+    return Whole(int(LARGEST_SMALL * crop))
+
+
 def photograph(path: str | Path, resize: int, crop: int) -> Tensor:
     """An image of full size as uint8 (3,crop,crop), cropped as for the test; what looks small is unreadable."""
     image = read_image(path)
