@@ -3,7 +3,7 @@
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +43,7 @@ class Evaluation:
 
 def make_pipelines(
     classifier: FrozenClassifier,
-    reduction: Reduction,
+    reduction: Callable[[Tensor], Tensor],
     networks: dict[str, Upscale],
     rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
 ) -> list[Pipeline]:

@@ -41,7 +41,7 @@ SYSTEM = re.compile(
 MANIFEST = "manifest.json"
 UNFINISHED = re.compile(r"\..*\.\d+-\d+-[0-9a-f]{8}\.partial", re.DOTALL)  # the names that partial_of gives
 CONVERT = "convert photographs to JPEG or PNG, unpack archives"
-LAYOUT = "README.md says how to lay out images (Your own images; ImageNet); `make demo` needs none"
+LAYOUT = "docs/classifiers.md and docs/imagenet.md say how to lay out images; `make demo` needs none"
 
 
 def ending(name: str) -> str:
