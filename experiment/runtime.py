@@ -144,7 +144,10 @@ def join_processes(backend: str) -> None:
 
     Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
     """
-    store, rank, processes = next(dist.rendezvous("env://"))
+    try:
+        store, rank, processes = next(dist.rendezvous("env://"))
+    except ValueError as error:  # a batch system's own WORLD_SIZE, without the rest
+        raise InputError(f"{error}: start with torchrun, or unset WORLD_SIZE") from None
     if os.environ.get("LOCAL_WORLD_SIZE") == str(processes):  # over several machines the counts may differ
         store = dist.PrefixStore(f"restart {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes)

@@ -19,6 +19,7 @@ MODES = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", *ALPHA)  #
 DEEP = ("I", "I;16", "I;16B", "I;16L")  # grey of 16 bits
 PNG_8_BITS = ("L", "RGB", "P", "P;1", "P;2", "P;4")  # how pixels are stored if a transparent colour is read rightly
 SRGB_GAMMA = 1 / 2.2  # what a PNG says that means sRGB
+SRGB_CICP = bytes([1, 13, 0, 1])  # the same as a cICP chunk
 
 
 class UnreadableImage(Exception):
@@ -82,10 +83,21 @@ def refuse_odd_layout(image: Image.Image) -> None:
         "YCbCr that is not compressed as JPEG": photometric == 6 and image.info.get("compression") != "jpeg",
         "a palette of 8 bits, not 16": max(tags.get(320, (256,))) < 256,
         "a transparent colour that is not of 8 bits": bool(keyed) and keyed[0].args not in PNG_8_BITS,
+        "colours by a cICP chunk (HDR): save it as sRGB": "icc_profile" not in image.info and cicp(image) != SRGB_CICP,
     }
     for reason, found in odd.items():
         if found:
             raise UnreadableImage(reason)
+
+
+def cicp(image: Image.Image) -> bytes:
+    """What a PNG's cICP chunk says, which Pillow does not read; sRGB if it has none."""
+    if image.format != "PNG" or not image.tile:
+        return SRGB_CICP
+    image.fp.seek(0)
+    head = image.fp.read(image.tile[0].offset)
+    at = head.find(b"\0\0\0\4cICP") + 8
+    return head[at : at + 4] if at > 7 else SRGB_CICP
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

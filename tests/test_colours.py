@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 from test_images import chunk, encoded, png
 
-from models.images import read_image, to_rgb
+from models.images import UnreadableImage, read_image, to_rgb
 
 # Red, green and blue in CIE XYZ (D50), one row each, and the exponent of the curve
 SPACES = {
@@ -154,6 +154,16 @@ def test_gamma_of_a_png(tmp_path, gamma):
 def test_a_gamma_that_is_none(tmp_path, gamma):
     before = chunk(b"gAMA", struct.pack(">I", gamma))
     assert (read(tmp_path, png_of(PICTURE, before)) == PICTURE).all()
+
+
+def test_cicp_of_a_png(tmp_path):
+    """sRGB is read; other colours only by the profile that stands beside them; PQ, as HDR screenshots have, never."""
+    srgb, pq = (chunk(b"cICP", bytes([*kind, 0, 1])) for kind in ((1, 13), (9, 16)))
+    assert (read(tmp_path, png_of(PICTURE, srgb)) == PICTURE).all()
+    with pytest.raises(UnreadableImage, match="cICP"):
+        read(tmp_path, png_of(PICTURE, pq))
+    beside = pq + chunk(b"iCCP", b"a\0\0" + zlib.compress(rgb_profile("Display P3")))
+    assert np.abs(read(tmp_path, png_of(in_space("Display P3"), beside)) - PICTURE).mean() < 1.2
 
 
 def test_colours_are_converted_once():

@@ -584,6 +584,14 @@ def test_what_a_classifier_cannot_be_trained_with(train_classifier, experiment, 
     assert not Path("own.pt").exists() and not Path("assets/logs").exists()
 
 
+def test_one_file_has_one_training(train_classifier):
+    from experiment.run import claimed
+
+    with claimed("own.pt"):
+        one_line(train_classifier("--epochs", 1), "own.pt: another run is writing it")
+    assert not Path("own.pt").exists()
+
+
 def test_a_classifier_of_damaged_images(train_classifier, experiment):
     (experiment / "train" / CLASSES[0] / "0.png").write_bytes(b"broken")
     result = train_classifier("--epochs", 1)

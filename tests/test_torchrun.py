@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -89,3 +90,18 @@ def test_a_failed_process_ends_the_job(experiment):
     )
     result = torchrun(script)
     assert result.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "code", "message"), [("MASTER_PORT", 1, "EADDRINUSE"), ("MASTER_ADDR", 2, "torchrun")]
+)
+def test_what_keeps_a_job_from_starting_is_said(experiment, variable, code, message):
+    """Another program has the master port; a batch system sets WORLD_SIZE alone."""
+    with socket.create_server(("", 0)) as server:
+        job = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": str(server.getsockname()[1])}
+        if variable == "MASTER_PORT":
+            job["MASTER_ADDR"] = "127.0.0.1"
+        command = [sys.executable, ROOT / "train_darionet.py"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | job)
+    assert result.returncode == code
+    assert len(result.stderr.strip().splitlines()) == 1 and message in result.stderr and "is gone" not in result.stderr
