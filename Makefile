@@ -16,7 +16,7 @@ demo: .venv/installed
 	python img_sampler_train.py --link --parameters $(SHAPES)/parameters.json
 	python img_sampler_val.py --link --parameters $(SHAPES)/parameters.json
 	python examples/train_classifier.py --parameters $(SHAPES)/parameters.json --epochs 5 --learning-rate 0.2 \
-		--label-smoothing 0.1
+		--label-smoothing 0.1 --set training.precision=float32
 	python train_darionet.py --parameters $(SHAPES)/pixels.json
 	python train_darionet.py --parameters $(SHAPES)/parameters.json
 	python test.py --parameters $(SHAPES)/parameters.json
