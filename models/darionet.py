@@ -1,7 +1,6 @@
 """DarioNet: trained weights ready for use, and the RRDBNet that a parameters.json names."""
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,16 +13,7 @@ from models.images import to_image, to_tensor
 from models.pipeline import Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import (
-    SHIPPED,
-    URLS,
-    generator_size,
-    load_generator,
-    load_strictly,
-    published_file,
-    say,
-    trained_for,
-)
+from models.weights import SHIPPED, generator_size, load_generator, load_strictly, published_file, say, trained_for
 
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
@@ -70,9 +60,7 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
 
 
 def build_darionet(features: int, blocks: int, growth: int, initial_weights: str | None) -> RRDBNet:
-    """A DarioNet to be trained: of the size asked for, from `initial_weights`, or as an enlargement if that is None.
-
-    `initial_weights` is a file, or a name in models.weights.URLS, which is downloaded once.
+    """A DarioNet to be trained, from a file or a name in models.weights.URLS; if None, it starts as an enlargement.
 
     Raises:
         InputError: no file, no network, not weights, or weights of another size.
@@ -81,16 +69,9 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
     if initial_weights is None:
         return RRDBNet(*size)
     path = published_file(initial_weights)
-    if not Path(path).is_file():
-        raise InputError(
-            f"{path}: no such weights file (darionet.initial_weights); README.md says where to get ESRGAN's; "
-            f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
-        )
     network = load_rrdbnet(path)
     if (found := generator_size(network.state_dict())) != size:
-        raise InputError(
-            f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters (darionet)"
-        )
+        raise InputError(f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters")
     return network
 
 
@@ -108,26 +89,21 @@ def load_upscalers(
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
     """
-    for path in weights:
-        if not Path(path).is_file():
-            raise InputError(
-                f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
-                "--parameters examples/shapes/parameters.json"
-            )
-    start = []
+    paths = list(weights)
     if initial_weights is not None:
         try:
-            start = [path for path in [published_file(initial_weights)] if Path(path).is_file()]
+            start = published_file(initial_weights)
+            paths = [start, *weights] if Path(start).is_file() else paths
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
     # A file that is named twice has its last place: the last row is the one that is looked at.
-    paths = list({os.path.realpath(path): path for path in reversed([*start, *weights])}.values())[::-1]
+    paths = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+    networks = [load_rrdbnet(path, device).eval() for path in paths]
     names = [row_name(path) for path in paths]
     names = [name if names.count(name) == 1 else Path(path).stem for name, path in zip(names, paths, strict=True)]
-    taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
-    names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
-    networks = (load_rrdbnet(path, device).eval() for path in paths)
-    return {name: Upscale(one, interpolation, antialias) for name, one in zip(names, networks, strict=True)}
+    taken = [*map(str.lower, names), *OTHER_ROWS]  # predictions.csv has them in lower case
+    unique = [n if taken.count(n.lower()) == 1 else f"{n} ({path})" for n, path in zip(names, paths, strict=True)]
+    return {name: Upscale(one, interpolation, antialias) for name, one in zip(unique, networks, strict=True)}
 
 
 def row_name(path: str) -> str:
