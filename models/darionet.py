@@ -24,11 +24,8 @@ OTHER_ROWS = ("original", "small", "bilinear", "bicubic")  # of the results, in 
 class DarioNet:
     """A trained network, ready to rebuild images.
 
-    `weights` is a file that train_darionet.py wrote, or any RRDBNet x4; by default the network for photographs that
-    comes with the project.
-
-    Raises:
-        InputError: no file, not weights, or not an RRDBNet x4.
+    `weights` is a file that train_darionet.py wrote, or any RRDBNet x4 (else InputError); by default the network for
+    photographs that comes with the project.
     """
 
     def __init__(self, weights: str | Path = SHIPPED, device: torch.device | str = "cpu"):
@@ -48,11 +45,7 @@ class DarioNet:
 
 
 def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
-    """The RRDBNet of a weights file; its size is read from the weights.
-
-    Raises:
-        InputError: no file, not weights, or not an RRDBNet x4.
-    """
+    """The RRDBNet of a weights file, of any size; InputError if it holds no RRDBNet x4."""
     weights = load_generator(path)
     network = RRDBNet(*generator_size(weights))
     load_strictly(network, weights, path)
@@ -63,7 +56,7 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
     """A DarioNet to be trained, from a file or a name in models.weights.URLS; if None, it starts as an enlargement.
 
     Raises:
-        InputError: no file, no network, not weights, or weights of another size.
+        InputError: no file, no internet, no RRDBNet x4, or one of another size.
     """
     size = (features, blocks, growth)
     if initial_weights is None:
@@ -89,13 +82,13 @@ def load_upscalers(
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
     """
-    paths = list(weights)
+    start = None
     if initial_weights is not None:
         try:
             start = published_file(initial_weights)
-            paths = [start, *weights] if Path(start).is_file() else paths
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
+    paths = [start, *weights] if start and Path(start).is_file() else weights
     # A file that is named twice has its last place: the last row is the one that is looked at.
     paths = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
     networks = [load_rrdbnet(path, device).eval() for path in paths]
@@ -110,9 +103,9 @@ def row_name(path: str) -> str:
     """What tables call weights: "DarioNet" or "Pixels" (trained on pixels alone) if their note says that this project
     trained them, "ESRGAN" if their file has a name of ESRGAN's, else the file's own name."""
     loss = trained_for(path).get("loss")
-    if not isinstance(loss, dict):
-        return "ESRGAN" if Path(path).name.startswith(("RRDB_", "ESRGAN_", "RealESRGAN_")) else Path(path).stem
-    return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
+    if isinstance(loss, dict):
+        return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
+    return "ESRGAN" if Path(path).name.startswith(("RRDB_", "ESRGAN_", "RealESRGAN_")) else Path(path).stem
 
 
 def other_input(path: str, reduction: Reduction) -> str | None:
@@ -128,10 +121,7 @@ def other_input(path: str, reduction: Reduction) -> str | None:
 
 
 def other_size(path: str, side: int, full_side: int) -> str | None:
-    """A line that says that small images of `side` pixels, rebuilt to `full_side`, differ from the training's.
-
-    None if the sizes are within a quarter, or unknown.
-    """
+    """The same for small images of `side` pixels, rebuilt to `full_side`; None if within a quarter, or unknown."""
     note, scale = trained_for(path), side / full_side
     trained = reduced_length(full_side, note.get("scale", scale))
     if 0.8 <= side / trained <= 1.25 or was_drawn(scale, note):

@@ -106,10 +106,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise UnreadableImage("grey of more than 16 bits, or with a transparent one")
         # Scaled and rounded; Pillow's own conversion clips.
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
-    if image.mode not in MODES:
-        raise UnreadableImage(f"pixels of mode {image.mode}, such as floating-point ones, which have no fixed white")
-    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(image.mode, "RGB")
-    if image.mode in ALPHA or "transparency" in info:
+    mode = image.mode
+    if mode not in MODES:
+        raise UnreadableImage("floating-point pixels have no fixed white" if mode == "F" else f"pixels of mode {mode}")
+    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, "RGB")
+    if mode in ALPHA or "transparency" in info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
     rgb = to_srgb(image if image.mode == kind else image.convert(kind), info)

@@ -46,7 +46,7 @@ class ResidualDenseBlock(nn.Module):
 
 
 class ResidualInResidualDenseBlock(nn.Module):
-    """Three dense blocks inside one more residual connection."""
+    """Three dense blocks inside one more residual connection: (N,features,h,w) -> the same shape."""
 
     def __init__(self, features: int, growth: int):
         super().__init__()
@@ -55,7 +55,6 @@ class ResidualInResidualDenseBlock(nn.Module):
         self.RDB3 = ResidualDenseBlock(features, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,features,h,w) -> the same shape."""
         return torch.add(x, self.RDB3(self.RDB2(self.RDB1(x))), alpha=RESIDUAL_SCALE)
 
 

@@ -48,9 +48,8 @@ class Scaler(nn.Module):
         size = tuple(self.sides) if len(self.sides) == 2 else size_of_shorter_side(*images.shape[-2:], *self.sides)
         if size == images.shape[-2:]:
             return images
-        options = {"mode": INTERPOLATIONS[self.interpolation]}
-        if self.interpolation != "nearest":
-            options |= {"align_corners": False, "antialias": self.antialias}
+        antialias = self.antialias and self.interpolation != "nearest"
+        options = {"mode": INTERPOLATIONS[self.interpolation], "antialias": antialias}
         with torch.autocast(images.device.type, enabled=False):
             try:
                 return F.interpolate(images, size, **options)

@@ -162,21 +162,21 @@ def generator_size(weights: dict[str, Tensor]) -> tuple[int, int, int]:
 def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Copies `weights` into `module`, in the module's precision: every key and every shape has to agree.
 
-    BatchNorm's count of batches may be missing: it plays no part in evaluation.
-
     Raises:
         InputError: names the file and the first key or shape that differs, or whose values are not finite.
     """
     own, weights = bare(module.state_dict()), bare(weights)
-    for key in [*own, *weights]:
-        if key not in own:
-            raise InputError(f"{path}: {key} is not a part of this network")
-        if key not in weights and not key.endswith("num_batches_tracked"):
-            raise InputError(f"{path}: {key} is missing (expected {list(own[key].shape)})")
-        if key in weights and weights[key].shape != own[key].shape:
-            raise InputError(f"{path}: {key} is {list(weights[key].shape)}, expected {list(own[key].shape)}")
-        if key in weights and not torch.isfinite(weights[key].to(own[key].dtype)).all():
+    for key, tensor in own.items():
+        found = weights.get(key)
+        if found is None and key.endswith("num_batches_tracked"):  # BatchNorm's; plays no part in evaluation
+            continue
+        if found is None or found.shape != tensor.shape:
+            fault = "missing" if found is None else list(found.shape)
+            raise InputError(f"{path}: {key} is {fault}, expected {list(tensor.shape)}")
+        if not torch.isfinite(found.to(tensor.dtype)).all():
             raise InputError(f"{path}: {key} holds values that are not finite")
+    if foreign := [key for key in weights if key not in own]:
+        raise InputError(f"{path}: {foreign[0]} is not a part of this network")
     for key, tensor in weights.items():
         own[key].copy_(tensor)
 
@@ -240,18 +240,19 @@ def download(url: str, sha256: str) -> Path:
         InputError: no network, or another file; says which file to put where.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        say(f"Downloading {url} to {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
-            torch.hub.download_url_to_file(url, str(path), sha256, progress=os.environ.get("RANK", "0") == "0")
-        except Exception as error:  # of as many kinds as there are ways to be without a network
-            raise InputError(
-                f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
-                f"{path.name} into {path.parent}"
-            ) from None
-    return path
+    if path.is_file():
+        return path
+    say(f"Downloading {url} to {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=os.environ.get("RANK", "0") == "0")
+        return path
+    except Exception as error:  # of as many kinds as there are ways to be without a network
+        raise InputError(
+            f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
+            f"{path.name} into {path.parent}"
+        ) from None
 
 
 def say(line: str) -> None:
