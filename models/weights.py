@@ -43,8 +43,8 @@ WRAPPERS = (
 PREFIXES = ("module.", "_orig_mod.", "netG.", "model.", "net.", "network.", "generator.", "layers.0.", "0.")
 # Plain data that checkpoints hold beside the weights: options of a command line, scores as numpy's numbers.
 SCALAR = np.float64(0).__reduce__()[0]
-ALLOWED = [argparse.Namespace, np.dtype, type(np.dtype("f4")), type(np.dtype("f8"))]
-ALLOWED += [(SCALAR, "numpy._core.multiarray.scalar"), (SCALAR, "numpy.core.multiarray.scalar")]
+NUMPY = [(SCALAR, "numpy._core.multiarray.scalar"), (SCALAR, "numpy.core.multiarray.scalar"), np.dtype]
+ALLOWED = [argparse.Namespace, *NUMPY, type(np.dtype("f4")), type(np.dtype("f8"))]
 # Key names of BasicSR and Real-ESRGAN, and of the first ESRGAN release, as the ESRGAN repository's.
 RENAMES = {
     r"^body\.": "RRDB_trunk.",
@@ -72,7 +72,10 @@ def load_file(path: str | Path) -> object:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such weights file")
+        raise InputError(
+            f"{path}: no such weights file; `python train_darionet.py` makes DarioNet's, `make demo` those for "
+            "--parameters examples/shapes/parameters.json; docs/weights.md says where to get ESRGAN's"
+        )
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -133,11 +136,6 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
     Raises:
         InputError: the file can't be read, is not what its name promises, or is not an RRDBNet x4.
     """
-    if not Path(path).is_file():
-        raise InputError(
-            f"{path}: no such weights file; `python train_darionet.py` makes DarioNet's, `make demo` others, for "
-            "--parameters examples/shapes/parameters.json; docs/weights.md says where to get ESRGAN's"
-        )
     contents = load_file(path)
     refuse_other_file(path, PUBLISHED.get(Path(path).name))
     weights = unwrap(contents, path)
