@@ -391,6 +391,8 @@ def read_classifier_file(architecture: str, path: str) -> tuple[dict, dict[str, 
         return {}, state  # weights alone: what is called mean or std there is a buffer of the network's
     if (held := contents.get("architecture") or architecture) != architecture:
         raise InputError(f"{path}: holds a {held}; classifier.architecture says {architecture}")
+    if not isinstance(contents.get("class_names", []), (list, tuple)):
+        raise InputError(f"{path}: class_names: expected a list of texts")
     return {key: contents[key] for key in NOTED if key in contents}, state
 
 

@@ -13,7 +13,16 @@ from models.images import to_image, to_tensor
 from models.pipeline import Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
-from models.weights import SHIPPED, generator_size, load_generator, load_strictly, published_file, say, trained_for
+from models.weights import (
+    SHIPPED,
+    URLS,
+    generator_size,
+    load_generator,
+    load_strictly,
+    published_file,
+    say,
+    trained_for,
+)
 
 Images = TypeVar("Images", Image.Image, Tensor)
 Network = TypeVar("Network", bound=nn.Module)
@@ -62,6 +71,11 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
     if initial_weights is None:
         return RRDBNet(*size)
     path = published_file(initial_weights)
+    if not Path(path).is_file():
+        raise InputError(
+            f"{path}: no such weights file (darionet.initial_weights); docs/weights.md says where to get ESRGAN's; "
+            f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
+        )
     network = load_rrdbnet(path)
     if (found := generator_size(network.state_dict())) != size:
         raise InputError(f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters")
@@ -82,6 +96,12 @@ def load_upscalers(
     Raises:
         InputError: no such weights, or a file that is no RRDBNet x4.
     """
+    for path in weights:
+        if not Path(path).is_file():
+            raise InputError(
+                f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
+                "--parameters examples/shapes/parameters.json"
+            )
     start = None
     if initial_weights is not None:
         try:

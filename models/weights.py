@@ -72,10 +72,7 @@ def load_file(path: str | Path) -> object:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(
-            f"{path}: no such weights file; `python train_darionet.py` makes DarioNet's, `make demo` those for "
-            "--parameters examples/shapes/parameters.json; docs/weights.md says where to get ESRGAN's"
-        )
+        raise InputError(f"{path}: no such weights file")
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -85,6 +82,8 @@ def load_file(path: str | Path) -> object:
                 return {"params": tensors, "trained_for": (file.metadata() or {}).get("trained_for")}
         with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
     except Exception as error:  # torch reports a damaged file as any of a dozen exceptions
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if isinstance(error, pickle.UnpicklingError) and path.open("rb").read(1) in b"P\x80":  # zip or pickle
