@@ -5,7 +5,9 @@ import importlib.util
 import json
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,14 +41,9 @@ class Look(NamedTuple):
     maps: tuple[Tensor, ...]  # the outputs of the layers in FrozenClassifier.maps
 
 
-class Recorder:
-    """A hook that keeps a layer's output under `name`, or its input if the hook is called before the layer."""
-
-    def __init__(self, seen: dict[str, Tensor], name: str):
-        self.seen, self.name = seen, name
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
-        self.seen[self.name] = inputs[0] if output is None else output
+def keep(seen: dict[str, Tensor], name: str, module: nn.Module, inputs: tuple, output: Tensor | None = None) -> None:
+    """A hook: keeps a layer's output in `seen`, or its input if it is called before the layer."""
+    seen[name] = inputs[0] if output is None else output
 
 
 class FrozenClassifier(nn.Module):
@@ -60,7 +57,8 @@ class FrozenClassifier(nn.Module):
         maps: names of the layers whose outputs `look` gives; None: `check` finds some, in a convolutional network.
 
     Raises:
-        InputError: class names, a normalisation or names of layers that do not fit.
+        InputError: class names or a normalisation that do not fit.
+        AttributeError: a name of no layer.
     """
 
     def __init__(
@@ -75,21 +73,20 @@ class FrozenClassifier(nn.Module):
     ):
         super().__init__()
         self.network = network
-        self.class_names = checked_class_names(class_names)
+        self.class_names, both = checked(class_names, mean, std)
         readable = imagenet_labels()
         self.labels = [readable.get(name, name) for name in self.class_names]  # to show
-        for name, values in zip(("mean", "std"), checked_normalisation(mean, std), strict=True):
-            self.register_buffer(name, values.float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("mean", both[0].float().view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", both[1].float().view(1, 3, 1, 1), persistent=False)
         self.head = head or head_of(network)
-        last, count = layer(network, self.head), len(self.class_names)
+        last, count = network.get_submodule(self.head), len(self.class_names)
         if (scores := getattr(last, "out_features", getattr(last, "out_channels", count))) != count:
             raise InputError(
                 f"class_names lists {count} classes (ImageNet's if nothing names them), and the last layer, "
-                f"{self.head}, gives {scores} scores: store class_names with the weights "
-                "(models.classifier.save_classifier), or set CLASS_NAMES in FILE.py"
+                f"{self.head}, gives {scores} scores: name them in FILE.py (CLASS_NAMES) or with save_classifier"
             )
         self.seen: dict[str, Tensor] = {}
-        last.register_forward_pre_hook(Recorder(self.seen, "head"))
+        last.register_forward_pre_hook(partial(keep, self.seen, "input of the head"))
         self.watch(maps or ())
         self.requires_grad_(False)
         self.train(False)
@@ -98,7 +95,7 @@ class FrozenClassifier(nn.Module):
         """Makes `look` give the outputs of these layers."""
         self.maps = tuple(maps)
         for name in self.maps:
-            layer(self.network, name).register_forward_hook(Recorder(self.seen, name))
+            self.network.get_submodule(name).register_forward_hook(partial(keep, self.seen, name))
 
     def train(self, mode: bool = True) -> "FrozenClassifier":
         """Stays in evaluation mode, whatever is asked: BatchNorm statistics that drift would change the teacher."""
@@ -113,10 +110,10 @@ class FrozenClassifier(nn.Module):
     def look(self, images: Tensor) -> Look:
         """(N,3,H,W) float in [0,1] -> logits, the last layer's input and the maps, float32."""
         logits = self.network((images - self.mean) / self.std)
-        maps = tuple(at_least_float32(self.seen[name]) for name in self.maps)
-        features = at_least_float32(self.seen["head"]).flatten(1)
+        seen = {name: at_least_float32(values) for name, values in self.seen.items()}
         self.seen.clear()
-        return Look(at_least_float32(logits), features, maps)
+        maps = tuple(seen[name] for name in self.maps)
+        return Look(at_least_float32(logits), seen["input of the head"].flatten(1), maps)
 
     @torch.no_grad()
     def read(self, image: Image.Image | Tensor, side: int = 256, top: int = 5) -> list[tuple[str, float]]:
@@ -131,20 +128,15 @@ class FrozenClassifier(nn.Module):
     def predictions(self, logits: Tensor, top: int = 1) -> list[list[dict]]:
         """The `top` likeliest classes of every row of (N, classes), if there are as many: class, label, probability."""
         best = logits.float().softmax(1).topk(min(top, len(self.labels)))
+        names = [{"class": name, "label": label} for name, label in zip(self.class_names, self.labels, strict=True)]
         return [
-            [
-                {"class": self.class_names[i], "label": self.labels[i], "probability": round(p, 6)}
-                for p, i in zip(probabilities, indices, strict=True)
-            ]
+            [names[i] | {"probability": round(p, 6)} for p, i in zip(probabilities, indices, strict=True)]
             for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
     @torch.no_grad()
     def refusal(self, height: int, width: int) -> str | None:
-        """The error that images of this size raise, in one line; None if it reads them.
-
-        Some architectures want one size, others can't read small images.
-        """
+        """The error that images of this size raise, in one line; None if it reads them, as not every network does."""
         try:
             self(self.mean.new_zeros(1, 3, height, width))
         except torch.OutOfMemoryError:
@@ -189,39 +181,24 @@ class FrozenClassifier(nn.Module):
         return sha256.hexdigest()[:16]
 
 
-def checked_class_names(names: Sequence[str]) -> list[str]:
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise InputError("class_names: expected a list of texts in the order of the scores")
-    if repeated := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"class_names: {repeated[0]!r} stands twice; every class needs a name of its own")
-    if len(names) < 2:
+def checked(class_names: Sequence[str], mean: Sequence[float], std: Sequence[float]) -> tuple[list[str], Tensor]:
+    """The names as a list, and mean and std per channel, (2,3) float64. Raises InputError if they can't be right."""
+    names = list(class_names) if isinstance(class_names, Sequence) and not isinstance(class_names, str) else []
+    if not all(isinstance(name, str) for name in names) or len(set(names)) < max(2, len(names)):
         raise InputError(
-            "class_names: one class leaves nothing to choose. If the classifier gives one score for a sigmoid, wrap it "
-            "so that it gives two, torch.cat((-score, score), 1) / 2, and name both classes"
+            "class_names: expected a list of texts in the order of the scores, each once, and at least two. If the "
+            "classifier gives one score, for a sigmoid, wrap it so that it gives two: torch.cat((-score, score), 1) / 2"
         )
-    return list(names)
-
-
-def checked_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[Tensor]:
-    """Mean and standard deviation per channel, (3,) float64 each."""
     try:
-        pair = [torch.as_tensor(values, dtype=torch.float64).flatten() for values in (mean, std)]
-        if all(values.shape == (3,) and values.abs().max() <= 2 for values in pair) and pair[1].min() > 0:
-            return pair
+        both = torch.stack([torch.as_tensor(values, dtype=torch.float64).flatten() for values in (mean, std)])
+        if both.shape == (2, 3) and both.abs().max() <= 2 and both[1].min() > 0:
+            return names, both
     except (TypeError, ValueError, RuntimeError):
         pass
     raise InputError(
         "mean and std have to be three numbers each, std over 0, for images in [0,1] (for pixels up to 255: divide "
         f"both by 255); found {(mean, std)}"[:400]
     )
-
-
-def layer(network: nn.Module, name: str) -> nn.Module:
-    try:
-        return network.get_submodule(name)
-    except AttributeError:
-        known = [known for known, _ in network.named_modules() if known]
-        raise InputError(f"the classifier has no layer {name!r}; it has {', '.join(known[:8])}, ...") from None
 
 
 def head_of(network: nn.Module) -> str:
@@ -242,8 +219,7 @@ def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
     that read one size alone show none. In a transformer the blocks at the quarters of its depth stand in for the maps.
     """
     side, calls = image.shape[-1], calls_of_layers(classifier, image)
-    fixed = classifier.refusal(side, 2 * side) is not None
-    wider = [] if fixed else calls_of_layers(classifier, image.repeat(1, 1, 1, 2))
+    wider = [] if classifier.refusal(side, 2 * side) else calls_of_layers(classifier, image.repeat(1, 1, 1, 2))
     strides = {}  # of the outputs that are maps, by their id
     for (_, _, out), (_, _, wide) in zip(calls, wider, strict=False):
         if isinstance(out, Tensor) and out.ndim == 4:
@@ -258,11 +234,10 @@ def layers_of_maps(classifier: FrozenClassifier, image: Tensor) -> list[str]:
         chosen += layers[-1:]
     if len(chosen) >= 2:
         return chosen
-    siblings: dict[tuple[str, type], list[str]] = {}
+    siblings = defaultdict(list)  # the layers of one class inside one layer
     for name, _, out in calls:
         if isinstance(out, Tensor) and out.ndim == 3 and name:
-            kind = name.rpartition(".")[0], type(classifier.network.get_submodule(name))
-            siblings.setdefault(kind, []).append(name)
+            siblings[name.rpartition(".")[0], type(classifier.network.get_submodule(name))].append(name)
     blocks = max(siblings.values(), key=len, default=[])
     return [blocks[len(blocks) * (i + 1) // 4 - 1] for i in range(4)] if len(blocks) >= 4 else chosen
 
@@ -310,37 +285,37 @@ def open_classifier(
     is_file = weights is not None and (Path(weights).suffix != "" or Path(weights).exists())
     noted, state = read_classifier_file(architecture, weights) if is_file else ({}, None)
     imagenet = list(imagenet_labels())
-    build = from_timm if architecture.startswith("timm/") else from_file if ".py:" in architecture else from_torchvision
+    if architecture.startswith("timm/"):
+        build, names = from_timm, ["pretrained"]
+    elif ".py:" in architecture:
+        build, names = from_file, [None]
+    else:
+        build, names = from_torchvision, list(published_weights(architecture))
+    if not is_file and weights not in names:
+        names = ", ".join(map(json.dumps, names))
+        raise InputError(f"classifier.weights: {weights!r} is no file; for {architecture} name one, or {names}")
     network, known = build(architecture, weights, len(noted.get("class_names", imagenet)) if is_file else None)
-    noted = known | noted | {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
+    given = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
     if is_file:
         try:
             load_strictly(network, state, weights)
         except InputError as error:
-            hint = "; other options (an image size, ...) need your own function that builds it, FILE.py:FUNCTION"
-            names = "; if its classes are not ImageNet's, write the file with models.classifier.save_classifier"
-            raise InputError(f"{error}{hint}{'' if 'class_names' in noted else names}") from None
+            raise InputError(
+                f"{error}; classes that are not ImageNet's are named in the file by models.classifier.save_classifier; "
+                "other options (an image size, ...) need a function of yours that builds the network, FILE.py:FUNCTION"
+            ) from None
     try:
-        return FrozenClassifier(network, **{"class_names": imagenet} | noted, head=head, maps=maps)
-    except InputError as error:
+        return FrozenClassifier(network, **{"class_names": imagenet} | known | noted | given, head=head, maps=maps)
+    except (InputError, AttributeError) as error:
         raise InputError(f"{weights or architecture}: {error}") from None
-
-
-def refuse_weights(architecture: str, weights: str | None, known: Sequence[str | None]) -> None:
-    """Raises InputError for weights that are no file, unless they are one of the `known` names."""
-    if weights not in known:
-        known = ", ".join(json.dumps(name) for name in known)
-        raise InputError(f"classifier.weights: {weights!r} is no file; for {architecture} name one, or {known}")
 
 
 def from_torchvision(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """A network of so many classes, to be filled; if None, with published weights, and what is known of these."""
     from torchvision.models import get_model
 
-    published = published_weights(architecture)
     if classes is None:
-        refuse_weights(architecture, weights, list(published))
-        entry = published[weights]
+        entry = published_weights(architecture)[weights]
         sha256 = entry.url.rpartition("-")[2].removesuffix(".pth")
         path = download(entry.url, sha256)
         load_file(path)  # torchvision takes a file that is already there unchecked, and would run code inside it
@@ -349,8 +324,8 @@ def from_torchvision(architecture: str, weights: str | None, classes: int | None
         return get_model(architecture, weights=entry), {"mean": transforms.mean, "std": transforms.std}
     if architecture in ("googlenet", "inception_v3"):
         raise InputError(
-            f"{weights}: does not say whether its {architecture} transforms its input (transform_input): name a "
-            "function of yours that builds it, FILE.py:FUNCTION (classifier.architecture)"
+            f"{weights}: does not say whether its {architecture} was built with transform_input: build it in "
+            "FILE.py:FUNCTION (classifier.architecture)"
         )
     return get_model(architecture, weights=None, num_classes=classes), {}
 
@@ -361,17 +336,16 @@ def published_weights(architecture: str) -> dict:
 
     if architecture not in models.list_models(module=models):
         raise InputError(
-            f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are named "
-            "timm/NAME or FILE.py:FUNCTION"
+            f"classifier.architecture: torchvision has no classifier named {architecture!r}; others are timm/NAME and "
+            "FILE.py:FUNCTION"
         )
     return {entry.name: entry for entry in models.get_model_weights(architecture)}
 
 
 def default_weights(architecture: str) -> str:
     """The name of the published weights of a torchvision architecture for which none are named."""
-    from torchvision.models import get_model_weights
-
-    return PUBLISHED if PUBLISHED in published_weights(architecture) else get_model_weights(architecture).DEFAULT.name
+    names = list(published_weights(architecture))
+    return PUBLISHED if PUBLISHED in names else names[0]
 
 
 def from_timm(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
@@ -380,8 +354,6 @@ def from_timm(architecture: str, weights: str | None, classes: int | None) -> tu
         import timm
     except ImportError:
         raise InputError(f"classifier.architecture: {architecture} needs timm: pip install timm") from None
-    if classes is None:
-        refuse_weights(architecture, weights, ["pretrained"])
     options = {"pretrained": True} if classes is None else {"num_classes": classes}
     try:
         network = timm.create_model(architecture.removeprefix("timm/"), **options)
@@ -398,8 +370,6 @@ def from_timm(architecture: str, weights: str | None, classes: int | None) -> tu
 def from_file(architecture: str, weights: str | None, classes: int | None) -> tuple[nn.Module, dict]:
     """The network that a function of the user's own returns, and what its file says of it."""
     path, _, function = architecture.rpartition(":")
-    if classes is None:
-        refuse_weights(architecture, weights, [None])
     try:
         spec = importlib.util.spec_from_file_location(f"classifier_{Path(path).stem}", path)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for it there
@@ -421,6 +391,8 @@ def read_classifier_file(architecture: str, path: str) -> tuple[dict, dict[str, 
         return {}, state  # weights alone: what is called mean or std there is a buffer of the network's
     if (held := contents.get("architecture") or architecture) != architecture:
         raise InputError(f"{path}: holds a {held}; classifier.architecture says {architecture}")
+    if not isinstance(contents.get("class_names", []), (list, tuple)):
+        raise InputError(f"{path}: class_names: expected a list of texts")
     return {key: contents[key] for key in NOTED if key in contents}, state
 
 
@@ -435,17 +407,15 @@ def save_classifier(
     trained_for: dict | None = None,
 ) -> None:
     """Writes what `open_classifier` reads: weights (a network's or a state dict), class names in the order of the
-    scores, the normalisation of the training (per channel, of images in [0,1]), the architecture and what the
-    classifier was trained for (see models.weights.trained_for).
+    scores, the normalisation (per channel, of images in [0,1]), and what models.weights.trained_for gives.
 
     Raises:
         InputError: class names or a normalisation that `FrozenClassifier` would refuse.
     """
-    mean, std = (values.tolist() for values in checked_normalisation(mean, std))
-    contents = {"class_names": checked_class_names(class_names), "mean": mean, "std": std}
-    contents |= {"architecture": architecture, "trained_for": trained_for}
-    contents["state_dict"] = network.state_dict() if isinstance(network, nn.Module) else network
-    save_file(contents, path)
+    class_names, both = checked(class_names, mean, std)
+    state = network.state_dict() if isinstance(network, nn.Module) else network
+    about = {"class_names": class_names, "mean": both[0].tolist(), "std": both[1].tolist()}
+    save_file(about | {"architecture": architecture, "trained_for": trained_for, "state_dict": state}, path)
 
 
 def noted_architecture(path: str | Path) -> str | None:

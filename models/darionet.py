@@ -1,7 +1,6 @@
 """DarioNet: trained weights ready for use, and the RRDBNet that a parameters.json names."""
 
 import os
-from collections import Counter
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,11 +33,8 @@ OTHER_ROWS = ("original", "small", "bilinear", "bicubic")  # of the results, in 
 class DarioNet:
     """A trained network, ready to rebuild images.
 
-    `weights` is a file that train_darionet.py wrote, or any RRDBNet x4; by default the network for photographs that
-    comes with the project.
-
-    Raises:
-        InputError: no file, not weights, or not an RRDBNet x4.
+    `weights` is a file that train_darionet.py wrote, or any RRDBNet x4 (else InputError); by default the network for
+    photographs that comes with the project.
     """
 
     def __init__(self, weights: str | Path = SHIPPED, device: torch.device | str = "cpu"):
@@ -58,11 +54,7 @@ class DarioNet:
 
 
 def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
-    """The RRDBNet of a weights file; its size is read from the weights.
-
-    Raises:
-        InputError: no file, not weights, or not an RRDBNet x4.
-    """
+    """The RRDBNet of a weights file, of any size; InputError if it holds no RRDBNet x4."""
     weights = load_generator(path)
     network = RRDBNet(*generator_size(weights))
     load_strictly(network, weights, path)
@@ -70,12 +62,10 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
 
 
 def build_darionet(features: int, blocks: int, growth: int, initial_weights: str | None) -> RRDBNet:
-    """A DarioNet to be trained: of the size asked for, from `initial_weights`, or as an enlargement if that is None.
-
-    `initial_weights` is a file, or a name in models.weights.URLS, which is downloaded once.
+    """A DarioNet to be trained, from a file or a name in models.weights.URLS; if None, it starts as an enlargement.
 
     Raises:
-        InputError: no file, no network, not weights, or weights of another size.
+        InputError: no file, no internet, no RRDBNet x4, or one of another size.
     """
     size = (features, blocks, growth)
     if initial_weights is None:
@@ -83,14 +73,12 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
     path = published_file(initial_weights)
     if not Path(path).is_file():
         raise InputError(
-            f"{path}: no such weights file (darionet.initial_weights); README.md says where to get ESRGAN's; "
+            f"{path}: no such weights file (darionet.initial_weights); docs/weights.md says where to get ESRGAN's; "
             f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
         )
     network = load_rrdbnet(path)
     if (found := generator_size(network.state_dict())) != size:
-        raise InputError(
-            f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters (darionet)"
-        )
+        raise InputError(f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters")
     return network
 
 
@@ -114,29 +102,30 @@ def load_upscalers(
                 f"{path}: no such weights file; `python train_darionet.py` makes it; `make demo` makes others, for "
                 "--parameters examples/shapes/parameters.json"
             )
-    start = []
+    start = None
     if initial_weights is not None:
         try:
-            start = [path for path in [published_file(initial_weights)] if Path(path).is_file()]
+            start = published_file(initial_weights)
         except InputError as error:
             say(f"Note: no row for darionet.initial_weights: {error}")
+    paths = [start, *weights] if start and Path(start).is_file() else weights
     # A file that is named twice has its last place: the last row is the one that is looked at.
-    paths = list({os.path.realpath(path): path for path in reversed([*start, *weights])}.values())[::-1]
+    paths = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
+    networks = [load_rrdbnet(path, device).eval() for path in paths]
     names = [row_name(path) for path in paths]
     names = [name if names.count(name) == 1 else Path(path).stem for name, path in zip(names, paths, strict=True)]
-    taken = Counter([*map(str.lower, names), *OTHER_ROWS])  # predictions.csv has them in lower case
-    names = [f"{name} ({path})" if taken[name.lower()] > 1 else name for name, path in zip(names, paths, strict=True)]
-    networks = (load_rrdbnet(path, device).eval() for path in paths)
-    return {name: Upscale(one, interpolation, antialias) for name, one in zip(names, networks, strict=True)}
+    taken = [*map(str.lower, names), *OTHER_ROWS]  # predictions.csv has them in lower case
+    unique = [n if taken.count(n.lower()) == 1 else f"{n} ({path})" for n, path in zip(names, paths, strict=True)]
+    return {name: Upscale(one, interpolation, antialias) for name, one in zip(unique, networks, strict=True)}
 
 
 def row_name(path: str) -> str:
     """What tables call weights: "DarioNet" or "Pixels" (trained on pixels alone) if their note says that this project
     trained them, "ESRGAN" if their file has a name of ESRGAN's, else the file's own name."""
     loss = trained_for(path).get("loss")
-    if not isinstance(loss, dict):
-        return "ESRGAN" if Path(path).name.startswith(("RRDB_", "ESRGAN_", "RealESRGAN_")) else Path(path).stem
-    return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
+    if isinstance(loss, dict):
+        return "DarioNet" if any(weight for term, weight in loss.items() if term != "pixels") else "Pixels"
+    return "ESRGAN" if Path(path).name.startswith(("RRDB_", "ESRGAN_", "RealESRGAN_")) else Path(path).stem
 
 
 def other_input(path: str, reduction: Reduction) -> str | None:
@@ -152,10 +141,7 @@ def other_input(path: str, reduction: Reduction) -> str | None:
 
 
 def other_size(path: str, side: int, full_side: int) -> str | None:
-    """A line that says that small images of `side` pixels, rebuilt to `full_side`, differ from the training's.
-
-    None if the sizes are within a quarter, or unknown.
-    """
+    """The same for small images of `side` pixels, rebuilt to `full_side`; None if within a quarter, or unknown."""
     note, scale = trained_for(path), side / full_side
     trained = reduced_length(full_side, note.get("scale", scale))
     if 0.8 <= side / trained <= 1.25 or was_drawn(scale, note):

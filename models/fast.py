@@ -19,10 +19,10 @@ def has_fused(device: str, dtype: torch.dtype) -> bool:
     """Whether oneDNN's convolution with bias, sum and activation in one supports this device and precision."""
     if device != "cpu" or dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
-    names = ("_convolution_pointwise", "_is_mkldnn_bf16_supported")
-    if not all(hasattr(torch.ops.mkldnn, name) for name in names):
+    ops = torch.ops.mkldnn  # private: a later torch may not have them
+    if not hasattr(ops, "_convolution_pointwise") or not hasattr(ops, "_is_mkldnn_bf16_supported"):
         return False
-    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 or ops._is_mkldnn_bf16_supported()
 
 
 def convolve(

@@ -39,10 +39,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
                 if error.errno not in REFUSED:
                     raise
         replace(partial, target)
-    except BaseException:
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink()
-        raise
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -36,10 +36,8 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImage("not a plain file")  # opening a FIFO would wait for ever
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # odd EXIF data, odd palettes
-            with Image.open(path, formats=FORMATS) as image:
-                return as_shown(image)
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            return as_shown(image)
     except UnreadableImage:
         raise
     except UnidentifiedImageError:
@@ -56,8 +54,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
 def as_shown(image: Image.Image) -> Image.Image:
     """An image, best not loaded yet, as 8-bit sRGB, upright, on white."""
     refuse_odd_layout(image)
-    tiles = getattr(image, "tile", ())
-    frame = tiles[0].extents if image.format == "GIF" and tiles else None
+    frame = image.tile[0].extents if image.format == "GIF" and image.tile else None
     image.load()
     with contextlib.suppress(Exception):  # a viewer shows an image with damaged EXIF data as it is
         image = ImageOps.exif_transpose(image)
@@ -102,27 +99,23 @@ def cicp(image: Image.Image) -> bytes:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image as Pillow decodes it -> 8-bit sRGB on white; refuses modes that are not known to be shown rightly."""
-    info, mode = image.info, image.mode
-    if mode in DEEP:
-        image = to_8_bits(image)
-    elif mode not in MODES:
+    info, alpha = image.info, None
+    if image.mode in DEEP:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535 or "transparency" in info:
+            raise UnreadableImage("grey of more than 16 bits, or with a transparent one")
+        # Scaled and rounded; Pillow's own conversion clips.
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    mode = image.mode
+    if mode not in MODES:
         raise UnreadableImage("floating-point pixels have no fixed white" if mode == "F" else f"pixels of mode {mode}")
-    alpha = None
+    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, "RGB")
     if mode in ALPHA or "transparency" in info:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
-    kind = {"1": "L", "L": "L", "LA": "L", "CMYK": "CMYK"}.get(mode, image.mode if mode in DEEP else "RGB")
     rgb = to_srgb(image if image.mode == kind else image.convert(kind), info)
     rgb.info = {}  # it has no other colours now
     return Image.composite(rgb, Image.new("RGB", rgb.size, "white"), alpha) if alpha else rgb
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16 bits of grey scaled and rounded; Pillow's own conversion clips them."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > 65535 or "transparency" in image.info:
-        raise UnreadableImage("grey of more than 16 bits, or with a transparent one")
-    return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
 
 
 def to_srgb(image: Image.Image, info: dict) -> Image.Image:

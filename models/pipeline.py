@@ -15,25 +15,8 @@ def unchanged(images: Tensor, size: Size | None = None) -> Tensor:
     return images
 
 
-class Enlarge(nn.Module):
-    """A `restore` by interpolation alone."""
-
-    def __init__(self, interpolation: str):
-        super().__init__()
-        self.interpolation = interpolation
-
-    def forward(self, small: Tensor, size: Size) -> Tensor:
-        """(N,3,h,w) -> (N,3,*size), float32."""
-        return Scaler(size, self.interpolation)(small)
-
-
 class Upscale(nn.Module):
-    """A `restore` by a network, whatever its factor, and a Scaler that brings its images to size.
-
-    Args:
-        network: (N,3,h,w) -> (N,3,H,W); any module or function.
-        interpolation, antialias: of the Scaler.
-    """
+    """A `restore` by a network, (N,3,h,w) -> (N,3,H,W) of any factor, and a Scaler that brings its images to size."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], interpolation: str = "bilinear", antialias: bool = False):
         super().__init__()
@@ -46,14 +29,17 @@ class Upscale(nn.Module):
         return Scaler(size, self.interpolation, self.antialias)(self.network(small))
 
 
-class Pipeline(nn.Module):
-    """Images -> (small, rebuilt, logits).
+class Enlarge(Upscale):
+    """A `restore` by interpolation alone."""
 
-    Args:
-        name: the row of the results table.
-        classifier: the frozen classifier that reads the rebuilt images.
-        reduce: images -> small images.
-        restore: (small images, size) -> rebuilt images.
+    def __init__(self, interpolation: str):
+        super().__init__(unchanged, interpolation)
+
+
+class Pipeline(nn.Module):
+    """Images -> (small, rebuilt, logits); `name` is the row of the results table.
+
+    `reduce` makes images small, `restore` makes (small images, size) images of that size, which `classifier` reads.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class ResidualDenseBlock(nn.Module):
 
 
 class ResidualInResidualDenseBlock(nn.Module):
-    """Three dense blocks inside one more residual connection."""
+    """Three dense blocks inside one more residual connection: (N,features,h,w) -> the same shape."""
 
     def __init__(self, features: int, growth: int):
         super().__init__()
@@ -55,7 +55,6 @@ class ResidualInResidualDenseBlock(nn.Module):
         self.RDB3 = ResidualDenseBlock(features, growth)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N,features,h,w) -> the same shape."""
         return torch.add(x, self.RDB3(self.RDB2(self.RDB1(x))), alpha=RESIDUAL_SCALE)
 
 
@@ -67,17 +66,13 @@ class RRDBNet(nn.Module):
         blocks: number of residual-in-residual dense blocks.
         growth: channels that each convolution of a dense block adds.
 
-    Attributes:
-        recompute: True keeps only the input of each of the `blocks` for the backward pass, which computes the rest
-            again: a fraction of the memory for about a third more work.
-
     The published networks are 64, 23, 32: 16 697 987 parameters. Random weights start as an enlargement, bilinear twice
     x2, if there are at least three features to carry the colours.
     """
 
     def __init__(self, features: int = 64, blocks: int = 23, growth: int = 32):
         super().__init__()
-        self.recompute = False
+        self.recompute = False  # True keeps less for the backward pass: a fraction of the memory, a third more work
         self.conv_first = nn.Conv2d(3, features, 3, padding=1)
         self.RRDB_trunk = nn.Sequential(*(ResidualInResidualDenseBlock(features, growth) for _ in range(blocks)))
         self.trunk_conv = nn.Conv2d(features, features, 3, padding=1)
@@ -96,11 +91,11 @@ class RRDBNet(nn.Module):
             conv.bias[:3] = 0
         tap = F.pad(torch.ones(1, 1), (1, 1, 1, 1))
         tent = torch.tensor([[1.0, 2.0, 1.0]]) / 4
-        kernels = {"conv_first": tap, "upconv1": tent.T * tent, "upconv2": tent.T * tent, "HRconv": tap}
-        for name, kernel in kernels.items():
-            conv = self.get_submodule(name)
+        twice = tent.T * tent  # after nearest x2 it makes bilinear x2
+        kernels = {self.conv_first: tap, self.upconv1: twice, self.upconv2: twice, self.HRconv: tap}
+        for conv, kernel in kernels.items():
             conv.weight[:3] = conv.bias[:3] = 0
-            conv.weight[range(3), range(3)] = kernel  # after nearest x2 the tent makes bilinear x2
+            conv.weight[range(3), range(3)] = kernel
         self.conv_last.weight[range(3), range(3)] = tap
 
     def forward(self, small: Tensor) -> Tensor:

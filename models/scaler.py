@@ -6,11 +6,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.images import to_image, to_tensor
 
 INTERPOLATIONS = {"bilinear": "bilinear", "bicubic": "bicubic", "nearest": "nearest-exact"}  # by torch's names
 
@@ -19,8 +20,7 @@ class Scaler(nn.Module):
     """Resizes a batch of images.
 
     Args:
-        size: an int is the length of the shorter side in pixels (the other side keeps the aspect ratio), a pair is
-            (height, width) exactly.
+        size: an int is the length of the shorter side in pixels, and the aspect ratio stays; a pair is (height, width).
         interpolation: "bilinear", "bicubic" or "nearest".
         antialias: low-pass filter before reducing. False is what the published figures used.
 
@@ -40,18 +40,16 @@ class Scaler(nn.Module):
         self.antialias = antialias
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N,3,H,W) float in [0,1] -> (N,3,h,w) float32. Bicubic can overshoot the range a little; Pipeline clamps.
+        """(N,3,H,W) float in [0,1] -> (N,3,h,w), which bicubic lets overshoot a little; Pipeline clamps.
 
-        Float32 whatever autocast says: half precision moves the sampling points, and has no antialiased CPU kernel.
-        Float64 stays what it is.
+        It is float32 (float64 stays), whatever autocast says: half precision moves the sampling points.
         """
         images = at_least_float32(images)
         size = tuple(self.sides) if len(self.sides) == 2 else size_of_shorter_side(*images.shape[-2:], *self.sides)
         if size == images.shape[-2:]:
             return images
-        options = {"mode": INTERPOLATIONS[self.interpolation]}
-        if self.interpolation != "nearest":
-            options |= {"align_corners": False, "antialias": self.antialias}
+        antialias = self.antialias and self.interpolation != "nearest"
+        options = {"mode": INTERPOLATIONS[self.interpolation], "antialias": antialias}
         with torch.autocast(images.device.type, enabled=False):
             try:
                 return F.interpolate(images, size, **options)
@@ -71,19 +69,13 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 def reduced_length(length: int, scale: float) -> int:
-    """Length in pixels of a side after reducing by `scale`: floor(256 x 0.32) = 81, at least 1.
-
-    The small addend keeps products such as 100 x 0.29 = 28.999... on the integer that they mean.
-    """
-    return max(1, math.floor(length * scale + 1e-6))
+    """Length in pixels of a side after reducing by `scale`: floor(256 x 0.32) = 81, at least 1."""
+    return max(1, math.floor(length * scale + 1e-6))  # 100 x 0.29 = 28.999... means 29
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """Makes images small: (N,3,H,W) in [0,1] -> (N,3,floor(H scale),floor(W scale)) in [0,1], by one Scaler.
-
-    `interpolation` and `antialias` are the Scaler's.
-    """
+    """Makes images small, by a Scaler: (N,3,H,W) in [0,1] -> (N,3,floor(H scale),floor(W scale)) in [0,1]."""
 
     scale: float = 0.32
     interpolation: str = "bilinear"
@@ -110,11 +102,11 @@ class Jpeg:
 
     def __call__(self, images: Tensor) -> Tensor:
         stored = []
-        for image in self.reduction(images).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy():
+        for image in self.reduction(images).cpu():
             file = io.BytesIO()
-            Image.fromarray(image).save(file, "JPEG", quality=self.quality)
-            stored.append(torch.from_numpy(np.array(Image.open(file, formats=["JPEG"]))))
-        return torch.stack(stored).permute(0, 3, 1, 2).to(images.device).float().div(255)
+            to_image(image).save(file, "JPEG", quality=self.quality)
+            stored.append(to_tensor(Image.open(file, formats=["JPEG"])))
+        return torch.cat(stored).to(images.device)
 
     def __str__(self) -> str:
         return f"{self.reduction}, JPEG {self.quality}"
@@ -122,29 +114,20 @@ class Jpeg:
 
 @dataclass(frozen=True)
 class RandomReduction:
-    """A reduction drawn anew for every image, for a network that has to read small images of any origin.
+    """A reduction drawn anew for every image, for a network that has to read small images of any origin."""
 
-    Args:
-        plain: how the batches are reduced that are not drawn.
-        share: of the batches that are drawn.
-        scale: lowest and highest; drawn once a batch, so that its small images have one size.
-        interpolation, antialias: the choices.
-        jpeg_probability, jpeg_quality: how many images are stored as JPEG files, and between which qualities.
-    """
-
-    plain: Reduction
-    share: float
-    scale: Sequence[float]
-    interpolation: Sequence[str]
+    plain: Reduction  # of the batches that are not drawn
+    share: float  # of the batches that are
+    scale: Sequence[float]  # lowest and highest; drawn once a batch, so that its small images have one size
+    interpolation: Sequence[str]  # the choices
     antialias: Sequence[bool]
-    jpeg_probability: float
-    jpeg_quality: Sequence[int]
+    jpeg_probability: float  # how many images are stored as JPEG files
+    jpeg_quality: Sequence[int]  # lowest and highest
 
     def __str__(self) -> str:
         kinds = f"{'/'.join(self.interpolation)}{', some antialiased' if any(self.antialias) else ''}"
-        lowest, highest = self.scale
         stored = f", {self.jpeg_probability:.0%} JPEG" if self.jpeg_probability else ""
-        drawn = f"x{lowest:.3g} to {highest:.3g} {kinds}{stored}"
+        drawn = f"x{self.scale[0]:.3g} to {self.scale[1]:.3g} {kinds}{stored}"
         return drawn if self.share == 1 else f"{self.share:.0%} of the batches {drawn}; the others {self.plain}"
 
     def drawn(self, key: str, indices: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -159,8 +142,4 @@ class RandomReduction:
             one = Reduction(scale, rng.choice(self.interpolation), rng.choice(self.antialias))
             stored = rng.random() < self.jpeg_probability
             reductions.append(Jpeg(one, rng.randint(*self.jpeg_quality)) if stored else one)
-
-        def reduce(images: Tensor) -> Tensor:
-            return torch.cat([one(images[i : i + 1]) for i, one in enumerate(reductions)])
-
-        return reduce
+        return lambda images: torch.cat([one(images[i : i + 1]) for i, one in enumerate(reductions)])

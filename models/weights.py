@@ -80,18 +80,17 @@ def load_file(path: str | Path) -> object:
             with safe_open(path, "pt") as file:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
                 return {"params": tensors, "trained_for": (file.metadata() or {}).get("trained_for")}
-        with warnings.catch_warnings(), torch.serialization.safe_globals(ALLOWED):
-            warnings.simplefilter("ignore")  # of old forms; what can't be read raises
+        with warnings.catch_warnings(action="ignore"), torch.serialization.safe_globals(ALLOWED):
             return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise InputError(f"{path}: reading it needs another package: pip install safetensors") from None
     except Exception as error:  # torch reports a damaged file as any of a dozen exceptions
-        if isinstance(error, pickle.UnpicklingError) and path.open("rb").read(1) in b"P\x80":  # zip or pickle
-            raise InputError(
-                f"{path}: not a file of weights alone: to read it would run code; if you trust it, load it with "
-                "torch.load(FILE, weights_only=False), and save its state_dict() alone with torch.save"
-            ) from None
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, pickle.UnpicklingError) and path.open("rb").read(1) in b"P\x80":  # zip or pickle
+            reason = (
+                "it holds more than weights, which would run code; if you trust it, load it with "
+                "torch.load(FILE, weights_only=False), and save its state_dict() alone with torch.save"
+            )
         raise InputError(f"{path}: not a readable weights file ({reason})") from None
 
 
@@ -111,10 +110,10 @@ def refuse_other_file(path: str | Path, expected: str | None) -> None:
 
 def unwrap(contents: object, path: str | Path) -> dict[str, Tensor]:
     """The state dict inside `contents`, without other projects' wrappers and prefixes; of averaged weights, if any."""
+    contents = contents if isinstance(contents, dict) else {}
     for _ in range(3):  # wrappers may be nested
-        entries = contents if isinstance(contents, dict) else {}
-        inner = [entries[name] for name in WRAPPERS if isinstance(entries.get(name), dict) and entries[name]]
-        contents = inner[0] if inner else entries
+        inner = [contents[name] for name in WRAPPERS if isinstance(contents.get(name), dict) and contents[name]]
+        contents = inner[0] if inner else contents
     state = {key: value.detach() for key, value in contents.items() if isinstance(value, Tensor)}
     odd = [t for t in state.values() if t.layout != torch.strided or t.is_meta or t.is_quantized or t.is_complex()]
     if not state or odd or not all(isinstance(key, str) for key in state):
@@ -143,9 +142,9 @@ def load_generator(path: str | Path) -> dict[str, Tensor]:
     for pattern, name in RENAMES.items():
         weights = {re.sub(pattern, name, key): tensor for key, tensor in weights.items()}
     for key in SIZE_KEYS:
-        if key not in weights or weights[key].ndim != 4 or not 0 < len(weights[key]) <= 1024:
-            fault = f"is {list(weights[key].shape)}" if key in weights else "is missing"
-            raise InputError(f"{path}: not an RRDBNet: {key} {fault}, its first key is {first}")
+        found = list(weights[key].shape) if key in weights else None
+        if found is None or len(found) != 4 or not 0 < found[0] <= 1024:
+            raise InputError(f"{path}: not an RRDBNet: {key} is {found or 'missing'}, its first key is {first}")
     if weights[SIZE_KEYS[0]].shape[1] == 12:
         raise InputError(f"{path}: an RRDBNet for a factor of 2; this project needs one for a factor of 4")
     return weights
@@ -160,20 +159,19 @@ def generator_size(weights: dict[str, Tensor]) -> tuple[int, int, int]:
 def load_strictly(module: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
     """Copies `weights` into `module`, in the module's precision: every key and every shape has to agree.
 
-    BatchNorm's count of batches may be missing: it plays no part in evaluation.
-
     Raises:
         InputError: names the file and the first key or shape that differs, or whose values are not finite.
     """
     own, weights = bare(module.state_dict()), bare(weights)
     for key, tensor in own.items():
-        if key in weights:
-            if weights[key].shape != tensor.shape:
-                raise InputError(f"{path}: {key} is {list(weights[key].shape)}, expected {list(tensor.shape)}")
-            if not torch.isfinite(weights[key].to(tensor.dtype)).all():
-                raise InputError(f"{path}: {key} holds values that are not finite")
-        elif not key.endswith("num_batches_tracked"):
-            raise InputError(f"{path}: {key} is missing (expected {list(tensor.shape)})")
+        found = weights.get(key)
+        if found is None and key.endswith("num_batches_tracked"):  # BatchNorm's; plays no part in evaluation
+            continue
+        if found is None or found.shape != tensor.shape:
+            fault = "missing" if found is None else list(found.shape)
+            raise InputError(f"{path}: {key} is {fault}, expected {list(tensor.shape)}")
+        if not torch.isfinite(found.to(tensor.dtype)).all():
+            raise InputError(f"{path}: {key} holds values that are not finite")
     if foreign := [key for key in weights if key not in own]:
         raise InputError(f"{path}: {foreign[0]} is not a part of this network")
     for key, tensor in weights.items():
@@ -188,10 +186,9 @@ def trained_for(path: str | Path) -> dict:
     contents, beside = load_file(path), Path(f"{path}.json")
     note = contents.get("trained_for") if isinstance(contents, dict) else None
     try:
-        if not note and beside.is_file():
-            note = beside.read_text(encoding="utf-8")
+        note = note or beside.read_text(encoding="utf-8")
         note = dict(json.loads(note) if isinstance(note, str) else note)
-    except (ValueError, TypeError, RecursionError):  # another project's
+    except (OSError, ValueError, TypeError, RecursionError):  # no note, or another project's
         return {}
     sha256 = note.pop("sha256", None)
     return note if sha256 is None or sha256 == sha256_of(path) else {}
@@ -209,18 +206,12 @@ def refuse_unwritable_weights(path: str | Path, key: str) -> None:
     if os.path.realpath(path) == os.path.realpath(SHIPPED):
         raise InputError(f"{path} comes with the project and is not written over: change {key}")
     if Path(path).suffix == ".safetensors":
-        raise InputError(
-            f"{path}: weights are written as torch does: change {key} to .pt; examples/export.py converts it"
-        )
+        raise InputError(f"{path}: weights are written as torch does: set {key} to .pt (examples/export.py converts)")
     refuse_unwritable(path, key)
 
 
 def save_file(contents: object, path: str | Path) -> None:
-    """`torch.save` that leaves either the old file or the whole new one, whenever it is killed.
-
-    Raises:
-        OSError: no space, no permission; the old file stays.
-    """
+    """`torch.save` by `write_atomically`."""
     write_atomically(path, lambda file: save_to(file, contents))
 
 
@@ -246,18 +237,19 @@ def download(url: str, sha256: str) -> Path:
         InputError: no network, or another file; says which file to put where.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
-    if not path.is_file():
-        say(f"Downloading {url} to {path}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
-            torch.hub.download_url_to_file(url, str(path), sha256, progress=os.environ.get("RANK", "0") == "0")
-        except Exception as error:  # of as many kinds as there are ways to be without a network
-            raise InputError(
-                f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
-                f"{path.name} into {path.parent}"
-            ) from None
-    return path
+    if path.is_file():
+        return path
+    say(f"Downloading {url} to {path}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=os.environ.get("RANK", "0") == "0")
+        return path
+    except Exception as error:  # of as many kinds as there are ways to be without a network
+        raise InputError(
+            f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
+            f"{path.name} into {path.parent}"
+        ) from None
 
 
 def say(line: str) -> None:
