@@ -57,8 +57,7 @@ class FrozenClassifier(nn.Module):
         maps: names of the layers whose outputs `look` gives; None: `check` finds some, in a convolutional network.
 
     Raises:
-        InputError: class names or a normalisation that do not fit.
-        AttributeError: a name of no layer.
+        InputError: class names, a normalisation or names of layers that do not fit.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class FrozenClassifier(nn.Module):
         self.register_buffer("mean", both[0].float().view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", both[1].float().view(1, 3, 1, 1), persistent=False)
         self.head = head or head_of(network)
-        last, count = network.get_submodule(self.head), len(self.class_names)
+        last, count = layer(network, self.head), len(self.class_names)
         if (scores := getattr(last, "out_features", getattr(last, "out_channels", count))) != count:
             raise InputError(
                 f"class_names lists {count} classes (ImageNet's if nothing names them), and the last layer, "
@@ -95,7 +94,7 @@ class FrozenClassifier(nn.Module):
         """Makes `look` give the outputs of these layers."""
         self.maps = tuple(maps)
         for name in self.maps:
-            self.network.get_submodule(name).register_forward_hook(partial(keep, self.seen, name))
+            layer(self.network, name).register_forward_hook(partial(keep, self.seen, name))
 
     def train(self, mode: bool = True) -> "FrozenClassifier":
         """Stays in evaluation mode, whatever is asked: BatchNorm statistics that drift would change the teacher."""
@@ -199,6 +198,14 @@ def checked(class_names: Sequence[str], mean: Sequence[float], std: Sequence[flo
         "mean and std have to be three numbers each, std over 0, for images in [0,1] (for pixels up to 255: divide "
         f"both by 255); found {(mean, std)}"[:400]
     )
+
+
+def layer(network: nn.Module, name: str) -> nn.Module:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        known = [known for known, _ in network.named_modules() if known]
+        raise InputError(f"the classifier has no layer {name!r}; it has {', '.join(known[:8])}, ...") from None
 
 
 def head_of(network: nn.Module) -> str:
@@ -306,7 +313,7 @@ def open_classifier(
             ) from None
     try:
         return FrozenClassifier(network, **{"class_names": imagenet} | known | noted | given, head=head, maps=maps)
-    except (InputError, AttributeError) as error:
+    except InputError as error:
         raise InputError(f"{weights or architecture}: {error}") from None
 
 
