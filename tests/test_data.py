@@ -295,13 +295,9 @@ def test_workers_leave_stop_signals_to_the_main_process(stubborn, monkeypatch):
 
 def test_batches_need_no_shared_memory(stubborn, monkeypatch):
     """Of which a container has 64 MB."""
-
-    def refuse(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     monkeypatch.setattr(Stubborn, "act", staticmethod(lambda: None))
     for name in ("_share_fd_cpu_", "_share_filename_cpu_"):
-        monkeypatch.setattr(torch.UntypedStorage, name, refuse)
+        monkeypatch.setattr(torch.UntypedStorage, name, None)
     read_all(stubborn, 2)
 
 
@@ -327,20 +323,25 @@ def test_more_workers_than_open_files(tmp_path, monkeypatch):
             os.close(number)
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
-@pytest.mark.parametrize("what", ["multiprocessing.Process.start", "threading.Thread.start"])
-def test_processes_that_the_machine_refuses(stubborn, monkeypatch, number, what, capfd):
+@pytest.mark.parametrize(
+    ("owner", "error"),
+    [
+        (multiprocessing.Process, OSError(errno.EAGAIN, "Resource temporarily unavailable")),
+        (multiprocessing.Process, OSError(errno.ENOMEM, "Cannot allocate memory")),
+        (threading.Thread, RuntimeError("can't start new thread")),
+    ],
+)
+def test_the_machine_refuses_processes(stubborn, monkeypatch, owner, error, capfd):
     monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
-    calls = iter([1, 2])
+    calls, start = [], owner.start
 
     def refuse(process):
-        if next(calls) == 2:
-            raise OSError(number, os.strerror(number)) if "Process" in what else RuntimeError("can't start new thread")
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
         start(process)
 
-    owner, _, name = what.rpartition(".")
-    start = {"multiprocessing.Process": multiprocessing.Process, "threading.Thread": threading.Thread}[owner].start
-    monkeypatch.setattr(what, refuse)
+    monkeypatch.setattr(owner, "start", refuse)
     with pytest.raises(OneProcessError, match=r"3 processes.*data\.workers.*ulimit -u"):
         read_all(stubborn, 3)
     assert not multiprocessing.active_children() and not capfd.readouterr().err
@@ -357,13 +358,11 @@ def test_a_program_that_ends_in_an_error_ends(tmp_path):
 
 def test_run_folders_of_the_same_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TZ", "Asia/Tokyo")
-    time.tzset()
-    try:
-        folders = [new_run_folder("train").name for _ in range(5)]
-    finally:
-        monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
         time.tzset()
+        folders = [new_run_folder("train").name for _ in range(5)]
+    time.tzset()
     assert len(set(folders)) == 5 and folders == sorted(folders)
     assert abs(time.mktime(time.strptime(folders[0], "train_%Y%m%d-%H%M%S")) - time.mktime(time.gmtime())) < 60
 
