@@ -1,9 +1,8 @@
-import io
 import json
 import math
 import sys
-from urllib.error import URLError
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,7 +12,7 @@ from torchvision.models import ResNet50_Weights, VisionTransformer, get_model
 
 from benchmarks.correctness import drawn_images
 from experiment.runtime import start_runtime
-from models.classifier import LABELS_FILE, FrozenClassifier, default_weights, open_classifier, save_classifier
+from models.classifier import LABELS_FILE, FrozenClassifier, open_classifier, save_classifier
 from models.darionet import DarioNet
 from models.errors import InputError
 from models.images import to_image, to_tensor
@@ -22,12 +21,15 @@ from models.rrdbnet import RRDBNet
 from models.scaler import Jpeg, RandomReduction, Reduction, Scaler, reduced_length
 
 
+def network_of(architecture: str, classes: int = 2, **options) -> nn.Module:
+    return get_model(architecture, weights=None, num_classes=classes, **options)
+
+
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory) -> FrozenClassifier:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("classifier") / "c.pt"
-    network = get_model("resnet18", weights=None, num_classes=5)
-    save_classifier(network.state_dict(), list("abcde"), path, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_classifier(network_of("resnet18", 5), list("abcde"), path, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     return open_classifier("resnet18", str(path))
 
 
@@ -35,27 +37,20 @@ def classifier(tmp_path_factory) -> FrozenClassifier:
 
 
 def bilinear_reference(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Samples (C,H,W) at the centres of the new pixels, written out without torch's resize."""
-    out = torch.empty(image.shape[0], height, width, dtype=torch.float64)
-    h, w = image.shape[-2:]
-    for i in range(height):
-        for j in range(width):
-            y = min(max((i + 0.5) * h / height - 0.5, 0), h - 1)
-            x = min(max((j + 0.5) * w / width - 0.5, 0), w - 1)
-            y0, x0 = int(y), int(x)
-            y1, x1 = min(y0 + 1, h - 1), min(x0 + 1, w - 1)
-            a, b = y - y0, x - x0
-            top = (1 - b) * image[:, y0, x0] + b * image[:, y0, x1]
-            out[:, i, j] = (1 - a) * top + a * ((1 - b) * image[:, y1, x0] + b * image[:, y1, x1])
-    return out
+    """Samples (C,H,W) at the centres of the new pixels, without torch's resize."""
+    sampled = image.numpy()
+    for axis, length in ((1, height), (2, width)):
+        old = np.arange(sampled.shape[axis])
+        places = (np.arange(length) + 0.5) * len(old) / length - 0.5
+        sampled = np.apply_along_axis(lambda line, old=old, places=places: np.interp(places, old, line), axis, sampled)
+    return torch.from_numpy(sampled)
 
 
 @pytest.mark.parametrize("size", [(8, 5), (31, 47), (20, 20)])
 def test_scaler_is_plain_bilinear_sampling(size):
     image = torch.rand(3, 21, 26, dtype=torch.float64)
-    torch.testing.assert_close(
-        Scaler(size)(image[None])[0].double(), bilinear_reference(image, *size), atol=1e-5, rtol=0
-    )
+    found = Scaler(size)(image[None])[0].double()
+    torch.testing.assert_close(found, bilinear_reference(image, *size), atol=1e-5, rtol=0)
 
 
 def test_antialias_averages_and_plain_sampling_does_not():
@@ -71,6 +66,8 @@ def test_an_int_is_the_shorter_side_and_a_pair_is_exact():
     assert Scaler(50)(images).shape[-2:] == (50, 100)
     assert Scaler((33, 44))(images).shape[-2:] == (33, 44)
     assert Scaler(100)(images).equal(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Scaler(4)(images.bfloat16()).dtype == torch.float32
 
 
 def test_published_small_size():
@@ -80,41 +77,27 @@ def test_published_small_size():
     assert all(reduced_length(n, 1 / 3) == n // 3 for n in range(3, 300))
 
 
-def test_scaler_stays_in_float32_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        assert Scaler(4)(torch.rand(1, 3, 8, 8).bfloat16()).dtype == torch.float32
-
-
-@pytest.mark.parametrize(("size", "interpolation"), [(0, "bilinear"), ((3, 4, 5), "bilinear"), (4, "area")])
-def test_scaler_refuses_what_it_cannot_do(size, interpolation):
-    with pytest.raises(ValueError, match="must be"):
-        Scaler(size, interpolation)
-
-
 # RRDBNet
 
 
-def test_published_size():
+def test_the_published_network():
     with torch.device("meta"):
         network = RRDBNet()
     assert sum(p.numel() for p in network.parameters()) == 16_697_987
     keys = network.state_dict()
-    assert len(keys) == 702
-    for key in ("conv_first.weight", "RRDB_trunk.22.RDB3.conv5.bias", "trunk_conv.weight", "upconv1.bias"):
-        assert key in keys
-    assert {key.split(".")[0] for key in keys} == {
-        *("conv_first", "RRDB_trunk", "trunk_conv", "upconv1", "upconv2", "HRconv", "conv_last"),
-    }
-    assert keys["RRDB_trunk.0.RDB1.conv5.weight"].shape == (64, 192, 3, 3)
+    outside = {"conv_first", "RRDB_trunk", "trunk_conv", "upconv1", "upconv2", "HRconv", "conv_last"}
+    assert len(keys) == 702 and {key.split(".")[0] for key in keys} == outside
+    assert keys["RRDB_trunk.22.RDB3.conv5.weight"].shape == (64, 192, 3, 3)
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 13), (20, 20)])
-def test_four_times_larger_at_any_size(size):
-    out = RRDBNet(8, 1, 4)(torch.rand(2, 3, *size))
-    assert out.shape == (2, 3, 4 * size[0], 4 * size[1])
+def test_four_times_larger_at_any_size():
+    """Two features are too few for the three colours: they start at random."""
+    for features, height, width in ((8, 1, 1), (8, 7, 13), (2, 5, 5)):
+        out = RRDBNet(features, 1, 4)(torch.rand(2, 3, height, width))
+        assert out.shape == (2, 3, 4 * height, 4 * width)
 
 
-@pytest.mark.parametrize("size", [(64, 23, 32), (32, 3, 16), (3, 1, 4)])
+@pytest.mark.parametrize("size", [(64, 23, 32), (3, 1, 4)])
 def test_random_weights_start_as_an_enlargement(size):
     torch.manual_seed(0)
     small = torch.rand(2, 3, 12, 16)
@@ -127,45 +110,20 @@ def test_random_weights_start_as_an_enlargement(size):
     assert all(parameter.grad.any() for parameter in network.parameters())
 
 
-def test_too_few_features_for_the_colours_start_at_random():
-    assert RRDBNet(2, 1, 2)(torch.rand(1, 3, 5, 5)).shape == (1, 3, 20, 20)
-
-
-def test_dense_block_against_its_formula():
-    torch.manual_seed(0)
-    block = RRDBNet(4, 1, 2).double().RRDB_trunk[0].RDB1
-    x = torch.randn(1, 4, 5, 6, dtype=torch.float64)
-    seen = x
-    for i in range(1, 5):
-        conv = getattr(block, f"conv{i}")
-        new = F.conv2d(seen, conv.weight, conv.bias, padding=1)
-        seen = torch.cat([seen, torch.where(new > 0, new, 0.2 * new)], 1)
-    expected = x + 0.2 * F.conv2d(seen, block.conv5.weight, block.conv5.bias, padding=1)
-    torch.testing.assert_close(block(x), expected)
-
-
 # FrozenClassifier
 
 
-def test_normalises_inside(classifier):
+def test_what_a_frozen_classifier_gives(classifier):
+    """Normalised inside by the file's own values; its features are what the last layer reads."""
     images = torch.rand(2, 3, 40, 40)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.4, 0.5, 0.6])
     expected = classifier.network((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-    torch.testing.assert_close(classifier(images), expected)
-
-
-def test_cannot_be_woken(classifier):
-    classifier.train()
-    assert not any(module.training for module in classifier.modules())
-    assert not any(p.requires_grad for p in classifier.parameters())
-    Pipeline("x", classifier, unchanged, unchanged).train()
-    assert not any(module.training for module in classifier.modules())
-
-
-def test_features_are_what_the_last_layer_reads(classifier):
-    logits, features, _ = classifier.look(torch.rand(2, 3, 40, 40))
-    assert features.shape == (2, 512)
+    logits, features, _ = classifier.look(images)
+    torch.testing.assert_close(logits, expected)
     torch.testing.assert_close(classifier.network.fc(features), logits)
+    Pipeline("x", classifier.train(), unchanged, unchanged).train()
+    assert not any(module.training for module in classifier.modules()), "nothing wakes it"
+    assert not any(p.requires_grad for p in classifier.parameters())
 
 
 def test_imagenet_labels():
@@ -216,42 +174,32 @@ def test_any_network_is_a_classifier():
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
-    [
-        ("tuple", r"scores on 2 images are tuple, expected \[2, 3\]"),
-        ("map", r"scores on 2 images are \[2, 3, 1\], expected \[2, 3\]"),
-        ("chance", "changes in evaluation mode"),
-        ("counts", "changes in evaluation mode"),
-        ("batch", "changes in evaluation mode"),
-        ("size", r"can't read images of 32x32 pixels \(transformations.val_crop_size\).* \(RuntimeError: made for 24"),
-    ],
-)
-def test_what_is_no_fixed_function_to_scores_is_refused(how, message):
-    torch.manual_seed(0)
-    with pytest.raises(InputError, match=message):
-        FrozenClassifier(OwnNetwork(how), list("abc"), head="head").check(32, "transformations.val_crop_size")
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"how": "tuple"}, r"scores on 2 images are tuple, expected \[2, 3\]"),
+        ({"how": "map"}, r"scores on 2 images are \[2, 3, 1\], expected \[2, 3\]"),
+        ({"how": "chance"}, "changes in evaluation mode"),
+        ({"how": "counts"}, "changes in evaluation mode"),
+        ({"how": "batch"}, "changes in evaluation mode"),
+        ({"how": "size"}, r"can't read images of 32x32 pixels \(the key\).* \(RuntimeError: made for 24"),
         ({"class_names": ["dog"]}, "gives one score"),
         ({"class_names": {"fox": 2, "cat": 0, "dog": 1}}, "expected a list of texts"),
         ({"class_names": ["a", "a", "b"]}, "'a' stands twice"),
         ({"class_names": "abc"}, "expected a list of texts"),
         ({"class_names": ["a", "b"]}, "lists 2 classes .* the last layer, head, gives 3 scores"),
         ({"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "divide both by 255"),
-        ({"std": (58.395, 57.12, 57.375)}, "divide both by 255"),
         ({"mean": (0.5, 0.5)}, "three numbers"),
         ({"std": "text"}, "three numbers"),
-        ({"std": 0.5}, "three numbers"),
         ({"std": (0.5, 0.5, 0.0)}, "three numbers"),
         ({"std": (0.5, 0.5, math.nan)}, "three numbers"),
     ],
 )
-def test_what_would_be_wrong_in_silence_is_refused(options, message):
+def test_what_is_no_fixed_function_to_scores_or_would_be_wrong_in_silence_is_refused(options, message):
+    torch.manual_seed(0)
+    options = {"class_names": list("abc"), "head": "head", **options}
+    network = OwnNetwork(options.pop("how", ""))
     with pytest.raises(InputError, match=message):
-        FrozenClassifier(OwnNetwork(), **{"class_names": list("abc"), **options})
+        FrozenClassifier(network, **options).check(32, "the key")
 
 
 # Maps
@@ -259,7 +207,7 @@ def test_what_would_be_wrong_in_silence_is_refused(options, message):
 
 @pytest.mark.parametrize("architecture", ["resnet18", "densenet121", "mobilenet_v2", "vgg11", "swin_t"])
 def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architecture):
-    classifier = FrozenClassifier(get_model(architecture, weights=None, num_classes=4), list("abcd"))
+    classifier = FrozenClassifier(network_of(architecture, 4), list("abcd"))
     classifier.check(64, "key")
     images = torch.rand(1, 3, 64, 64)
     plain = classifier.look(images)
@@ -271,11 +219,8 @@ def test_layers_of_the_losses_are_found_and_stay_under_lower_precision(architect
     assert all(m.dtype == torch.float32 for m in low.maps)
     for found, expected in zip(low.maps, plain.maps, strict=True):
         assert found.shape == expected.shape and (found - expected).norm() < 0.1 * expected.norm()
-    wanted = {
-        "resnet18": ("relu", "layer1", "layer2", "layer3"),
-        "mobilenet_v2": ("features.1", "features.3", "features.6", "features.13"),
-    }
-    assert classifier.maps == wanted.get(architecture, classifier.maps)
+    if architecture == "resnet18":
+        assert classifier.maps == ("relu", "layer1", "layer2", "layer3")
 
 
 class Attentive(nn.Module):
@@ -284,7 +229,7 @@ class Attentive(nn.Module):
     def __init__(self):
         super().__init__()
         self.stem, self.patches = nn.Conv2d(3, 4, 4, 4), nn.Conv2d(4, 4, 4, 4)
-        self.attention, self.head = nn.Softmax(-1), nn.Linear(4, 2)
+        self.attention, self.head = nn.Softmax(-1), nn.Linear(4, 3)
 
     def forward(self, x):
         tokens = self.patches(self.stem(x)).flatten(2).transpose(1, 2)
@@ -292,23 +237,17 @@ class Attentive(nn.Module):
         return self.head((weights[:, 0] @ tokens).mean(1))
 
 
-def test_a_matrix_of_attention_is_no_map():
-    classifier = FrozenClassifier(Attentive(), ["a", "b"])
-    classifier.check(64, "key")
-    assert classifier.maps == ("stem", "patches")
-
-
-def test_the_blocks_of_a_transformer_stand_in_for_maps():
-    transformer = VisionTransformer(32, 8, num_layers=8, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=2)
-    classifier = FrozenClassifier(transformer, ["a", "b"])
-    classifier.check(32, "key")
-    assert classifier.maps == tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3, 5, 7))
-
-
-def test_a_network_of_one_size_has_no_maps_but_those_that_are_named():
-    for maps, expected in ((None, ()), (["stem"], ("stem",))):
-        classifier = FrozenClassifier(OwnNetwork("size"), list("abc"), maps=maps)
-        classifier.check(24, "key")
+def test_what_stands_in_for_maps():
+    """No matrix of attention; the blocks of a transformer; what is named, if a network reads one size alone."""
+    transformer = VisionTransformer(32, 8, num_layers=8, num_heads=2, hidden_dim=8, mlp_dim=8, num_classes=3)
+    for network, side, named, expected in (
+        (Attentive(), 64, None, ("stem", "patches")),
+        (transformer, 32, None, tuple(f"encoder.layers.encoder_layer_{i}" for i in (1, 3, 5, 7))),
+        (OwnNetwork("size"), 24, None, ()),
+        (OwnNetwork("size"), 24, ["stem"], ("stem",)),
+    ):
+        classifier = FrozenClassifier(network, list("abc"), maps=named)
+        classifier.check(side, "key")
         assert classifier.maps == expected
 
 
@@ -317,8 +256,7 @@ def test_a_network_of_one_size_has_no_maps_but_those_that_are_named():
 
 @pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "vit_b_16"])
 def test_head_size_is_read_from_any_architecture(architecture, tmp_path):
-    network = get_model(architecture, weights=None, num_classes=7)
-    save_classifier(network.state_dict(), list("abcdefg"), tmp_path / "c.pt")
+    save_classifier(network_of(architecture, 7).state_dict(), list("abcdefg"), tmp_path / "c.pt")
     frozen = open_classifier(architecture, str(tmp_path / "c.pt"))
     side = 224 if architecture == "vit_b_16" else 64
     assert frozen(torch.rand(1, 3, side, side)).shape == (1, 7)
@@ -338,21 +276,6 @@ def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monke
     assert frozen.network.features[0].weight.equal(network.features[0].weight)
 
 
-def test_without_network_it_says_which_file_to_put_where(tmp_path, monkeypatch):
-    def no_network(*arguments, **options):
-        raise URLError("no route to host")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", no_network)
-    with pytest.raises(InputError, match=r"put resnet50-0676ba61\.pth into .*checkpoints"):
-        open_classifier("resnet50")
-
-
-def test_the_weights_of_a_torchvision_name():
-    assert default_weights("resnet50") == "IMAGENET1K_V1"
-    assert default_weights("vit_h_14") == "IMAGENET1K_SWAG_E2E_V1"  # it has no IMAGENET1K_V1
-
-
 @pytest.mark.parametrize(
     ("architecture", "weights", "message"),
     [
@@ -369,49 +292,60 @@ def test_names_that_nobody_knows(architecture, weights, message):
 
 
 def test_weights_of_another_architecture(tmp_path):
-    path = tmp_path / "c.pt"
-    save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b"], path)
-    with pytest.raises(InputError, match=r"layer1.0.conv1.weight is \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"):
-        open_classifier("resnet50", str(path))
-    with pytest.raises(InputError, match=r"class_token is missing"):
-        open_classifier("vit_b_16", str(path))
-    with pytest.raises(InputError, match=r"transform_input.*FILE\.py:FUNCTION"):
-        open_classifier("inception_v3", str(path))
-    save_classifier(get_model("resnet18", weights=None, num_classes=2).state_dict(), ["a", "b", "c"], path)
-    with pytest.raises(InputError, match=r"c\.pt: fc\.weight is \[2, 512\], expected \[3, 512\]"):
-        open_classifier("resnet18", str(path))
-    torch.save(get_model("resnet18", weights=None, num_classes=2).state_dict(), path)
-    with pytest.raises(InputError, match=r"fc\.weight is \[2, 512\], expected \[1000, 512\]; .*save_classifier"):
-        open_classifier("resnet18", str(path))
+    state = network_of("resnet18").state_dict()
+    save_classifier(state, ["a", "b"], tmp_path / "two.pt")
+    save_classifier(state, ["a", "b", "c"], tmp_path / "three.pt")
+    torch.save(state, tmp_path / "bare.pt")
+    for architecture, name, message in (
+        ("resnet50", "two.pt", r"layer1.0.conv1.weight is \[64, 64, 3, 3\], expected \[64, 64, 1, 1\]"),
+        ("vit_b_16", "two.pt", r"class_token is missing"),
+        ("inception_v3", "two.pt", r"transform_input.*FILE\.py:FUNCTION"),
+        ("resnet18", "three.pt", r"three\.pt: fc\.weight is \[2, 512\], expected \[3, 512\]"),
+        ("resnet18", "bare.pt", r"fc\.weight is \[2, 512\], expected \[1000, 512\]; .*save_classifier"),
+    ):
+        with pytest.raises(InputError, match=message):
+            open_classifier(architecture, str(tmp_path / name))
 
 
 def test_what_a_state_dict_does_not_say(tmp_path):
     """A ViT of another image size."""
-    network = get_model("vit_b_32", weights=None, num_classes=2, image_size=64)
+    network = network_of("vit_b_32", image_size=64)
     save_classifier(network, ["a", "b"], tmp_path / "c.pt")
     with pytest.raises(InputError, match=r"pos_embedding is \[1, 5, 768\], expected \[1, 50, 768\].*FILE.py:FUNCTION"):
         open_classifier("vit_b_32", str(tmp_path / "c.pt"))
     file = tmp_path / "mine.py"
-    file.write_text(
-        "from torchvision.models import vit_b_32\ndef small():\n    return vit_b_32(num_classes=2, image_size=64)\n"
-    )
+    file.write_text("from torchvision.models import vit_b_32\nsmall = lambda: vit_b_32(num_classes=2, image_size=64)\n")
     images = torch.rand(1, 3, 64, 64)
     found = open_classifier(f"{file}:small", str(tmp_path / "c.pt"))
     assert found(images).equal(network.eval()((images - found.mean) / found.std))
 
 
-def test_a_network_of_ones_own_from_a_file(tmp_path):
-    """The README's recipe: FILE.py:FUNCTION, with its weights inside or in a file beside it.
+OWN_FILE = """
+from torch import nn, zeros
 
-    A buffer that is called mean is no normalisation of the file's.
-    """
+CLASS_NAMES = ["cat", "dog", "fox"]
+MEAN = STD = (0.5, 0.5, 0.5)
+
+
+def network():
+    own = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
+    own.register_buffer("mean", zeros(3))
+    return own
+
+
+def number():
+    return 3
+
+
+def broken():
+    raise ValueError("no such model")
+"""
+
+
+def test_a_network_of_ones_own_from_a_file(tmp_path):
+    """FILE.py:FUNCTION, with its weights inside or in a file beside it; a buffer named mean normalises nothing."""
     file = tmp_path / "mine.py"
-    file.write_text(
-        "import torch\nCLASS_NAMES = ['cat', 'dog', 'fox']\nMEAN = STD = (0.5, 0.5, 0.5)\n"
-        "def network():\n    own = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), "
-        "torch.nn.Linear(3, 3))\n    own.register_buffer('mean', torch.zeros(3))\n    return own\n"
-        "def number():\n    return 3\ndef broken():\n    raise ValueError('no such model')\n"
-    )
+    file.write_text(OWN_FILE)
     own = open_classifier(f"{file}:network", None)
     assert own.class_names == ["cat", "dog", "fox"] and own.mean.flatten().tolist() == [0.5] * 3
     state = {key: torch.rand_like(value) for key, value in own.network.state_dict().items()}
@@ -423,37 +357,26 @@ def test_a_network_of_ones_own_from_a_file(tmp_path):
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(InputError, match="no state dict"):
         open_classifier(f"{file}:network", str(tmp_path / "tensor.pt"))
-    for function, message in (
-        ("number", "returned a int"),
-        ("broken", "ValueError: no such"),
-        ("absent", "no attribute 'absent'"),
-    ):
+    messages = {"number": "returned a int", "broken": "ValueError: no such", "absent": "no attribute 'absent'"}
+    for function, message in messages.items():
         with pytest.raises(InputError, match=message):
             open_classifier(f"{file}:{function}", None)
 
 
 def test_timm_by_name(tmp_path):
+    """DeiT has two heads."""
     timm = pytest.importorskip("timm", reason="timm is optional")
-    network = timm.create_model("resnet10t", pretrained=False, num_classes=3).eval()
-    save_classifier(network, list("abc"), tmp_path / "c.pt", architecture="timm/resnet10t", mean=(0.1, 0.2, 0.3))
-    classifier = open_classifier("timm/resnet10t", str(tmp_path / "c.pt"))
-    images = torch.rand(2, 3, 64, 64)
-    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
+    for name, side in (("resnet10t", 64), ("deit_tiny_distilled_patch16_224", 224)):
+        network = timm.create_model(name, pretrained=False, num_classes=3).eval()
+        save_classifier(network, list("abc"), tmp_path / "c.pt", architecture=f"timm/{name}", mean=(0.1, 0.2, 0.3))
+        classifier = open_classifier(f"timm/{name}", str(tmp_path / "c.pt"))
+        images = torch.rand(1, 3, side, side)
+        assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
     torch.save(timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict(), tmp_path / "lite.pt")
     lite = open_classifier("timm/tf_efficientnet_lite0", str(tmp_path / "lite.pt"))
     assert lite.mean.flatten().tolist() == [0.5] * 3 and len(lite.class_names) == 1000
     with pytest.raises(InputError, match=r"Unknown model \(resnet0\)"):
         open_classifier("timm/resnet0", "pretrained")
-
-
-def test_timm_networks_with_several_heads(tmp_path):
-    timm = pytest.importorskip("timm", reason="timm is optional")
-    name = "deit_tiny_distilled_patch16_224"
-    network = timm.create_model(name, num_classes=2).eval()
-    save_classifier(network, ["a", "b"], tmp_path / "c.pt")
-    classifier = open_classifier(f"timm/{name}", str(tmp_path / "c.pt"))
-    images = torch.rand(1, 3, 224, 224)
-    assert classifier(images).equal(network((images - classifier.mean) / classifier.std))
 
 
 def test_without_timm_it_says_what_to_install(monkeypatch):
@@ -477,6 +400,7 @@ def test_efficientnet_lite0_is_timms():
 
 
 def test_pipeline_is_its_parts(classifier):
+    """Another upscaler or another reduction is a callable."""
     network = RRDBNet(8, 1, 4)
     images = torch.rand(2, 3, 50, 70)
     small, rebuilt, logits = Pipeline("DarioNet", classifier, Reduction(), Upscale(network))(images)
@@ -484,6 +408,8 @@ def test_pipeline_is_its_parts(classifier):
     assert small.equal(Scaler((16, 22))(images))
     assert rebuilt.equal(Scaler((50, 70))(network(small)).clamp(0, 1))
     assert logits.equal(classifier(rebuilt))
+    small, rebuilt, _ = Pipeline("mine", classifier, lambda x: x[..., ::4, ::4], Upscale(torch.sqrt))(images)
+    assert small.equal(images[..., ::4, ::4]) and rebuilt.equal(Scaler((50, 70))(small.sqrt()).clamp(0, 1))
 
 
 def test_variants_without_a_network(classifier):
@@ -494,30 +420,6 @@ def test_variants_without_a_network(classifier):
     assert rebuilt.equal(small) and small.shape[-2:] == (16, 16) and logits.equal(classifier(small))
     _, rebuilt, _ = Pipeline("Bicubic", classifier, Reduction(), Enlarge("bicubic"))(images)
     assert rebuilt.equal(Scaler((50, 50), "bicubic")(Scaler((16, 16))(images)).clamp(0, 1))
-
-
-def test_another_upscaler_and_another_reduction_are_callables(classifier):
-    def doubled(small):
-        return small.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
-    def every_fourth(images):
-        return images[..., ::4, ::4]
-
-    images = torch.rand(2, 3, 48, 48)
-    small, rebuilt, _ = Pipeline("mine", classifier, every_fourth, Upscale(doubled))(images)
-    assert small.equal(images[..., ::4, ::4]) and rebuilt.equal(Scaler((48, 48))(doubled(small)))
-
-
-def test_small_images_are_rebuilt_to_the_size_asked_for(classifier):
-    pipeline = Pipeline("DarioNet", classifier, unchanged, Upscale(RRDBNet(8, 1, 4)))
-    small, rebuilt, _ = pipeline(torch.rand(1, 3, 9, 12), (32, 43))
-    assert small.shape[-2:] == (9, 12) and rebuilt.shape[-2:] == (32, 43)
-
-
-def test_reductions_say_what_they_are():
-    assert str(Reduction()) == "x0.32 bilinear"
-    assert str(Jpeg(Reduction(0.5, "bicubic", True), 75)) == "x0.5 bicubic, antialiased, JPEG 75"
-    assert Reduction().note() == {"scale": 0.32, "interpolation": "bilinear", "antialias": False}
 
 
 def test_jpeg_loses_a_little():
@@ -567,30 +469,16 @@ def test_images_keep_their_values_and_their_turn():
     picture.putpixel((0, 0), 255)
     pixels = to_tensor(picture)
     assert pixels.shape == (1, 3, 2, 3) and pixels[0, :, 0, 0].eq(1).all() and pixels[0, 0, 1, 1] == pytest.approx(0.2)
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    file = io.BytesIO()
-    picture.save(file, "JPEG", exif=exif)
-    assert to_tensor(Image.open(file)).shape == (1, 3, 3, 2)
-    assert to_tensor(Image.new("RGBA", (1, 1), (0, 0, 0, 0))).eq(1).all(), "what is transparent is white"
-    assert to_tensor(Image.new("I;16", (1, 1), 2000)).mul(255).round().eq(8).all(), "16 bits are scaled"
+    picture.getexif()[0x0112] = 6  # to be turned by 90 degrees
+    assert to_tensor(picture).shape == (1, 3, 3, 2)
     assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_a_classifier_reads_a_picture(tmp_path):
-    class Brightness(nn.Module):
-        """Scores of "dark", "grey" and "bright"."""
-
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(1, 3)
-            self.head.weight.data = torch.tensor([[-10.0], [0.0], [10.0]])
-            self.head.bias.data = torch.zeros(3)
-
-        def forward(self, images):
-            return self.head(images.mean((1, 2, 3))[:, None])
-
-    classifier = FrozenClassifier(Brightness(), ["dark", "grey", "bright"], (0.5,) * 3, (0.5,) * 3)
+def test_a_classifier_reads_a_picture():
+    head = nn.Linear(3, 3, bias=False)
+    head.weight.data = torch.tensor([[-10.0], [0.0], [10.0]]).expand(3, 3) / 3  # of the mean brightness
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), head)
+    classifier = FrozenClassifier(network, ["dark", "grey", "bright"], (0.5,) * 3, (0.5,) * 3)
     read = classifier.read(Image.new("RGB", (30, 20), (255, 255, 255)), side=8, top=2)
     assert [label for label, _ in read] == ["bright", "grey"]
     assert read[0][1] == pytest.approx(1 / (1 + math.exp(-10) + math.exp(-20)), abs=1e-6)
@@ -602,7 +490,7 @@ def test_what_a_device_lacks_is_resized_on_the_cpu(monkeypatch):
     images, calls, resize = drawn_images(1, 16, 1), [], F.interpolate
 
     def lacking(*arguments, **options):
-        calls.append(arguments[0])
+        calls.append(1)
         if len(calls) == 1:
             raise NotImplementedError("not for this device")
         return resize(*arguments, **options)
