@@ -23,15 +23,25 @@ from pathlib import Path
 import torch
 
 from experiment import metrics, plots
-from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, to_float, whole_small
-from experiment.evaluation import Evaluation, evaluate, full_size, joined, make_pipelines, open_restore
+from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, whole_small
+from experiment.evaluation import (
+    Evaluation,
+    ask,
+    draw_sheet,
+    evaluate,
+    full_size,
+    images_at,
+    joined,
+    make_pipelines,
+    open_restore,
+)
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
 from experiment.runtime import (
+    Runtime,
     Stopper,
     agreed_to_stop,
     new_run_folder,
-    out_of_memory_is_one_line,
     progress_bar,
     seed_without_tf32,
     start_runtime,
@@ -122,9 +132,8 @@ def main() -> int:
                 arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
             else:
                 arriving = batches(dataset, chosen, workers, is_cuda, stopper)
-            bar = progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image")
-            with bar, out_of_memory_is_one_line(options.batch_size, "test.batch_size"):
-                full_side = side if is_small else None
+            full_side = side if is_small else None
+            with progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image") as bar:
                 evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
             if stopped := agreed_to_stop(runtime, stopper):
                 break
@@ -165,7 +174,7 @@ def main() -> int:
                 plots.f1_difference(classes, folder / "f1_difference.png", ours)
             plots.class_bars(classes, folder / "classes.png", ours=ours)
             try:
-                draw_images(pipelines, dataset, rows, runtime.device, folder, full_side)
+                draw_images(pipelines, dataset, rows, runtime, folder, full_side)
             except UnreadableImage as error:
                 print(f"Figures that show images are left out: {error}")
             figures = {heading: folder / name for heading, name in FIGURES.items()}
@@ -198,37 +207,20 @@ def classifier_settings(choice: str | None) -> list[str]:
     return [f"classifier={json.dumps({'architecture': architecture, 'weights': weights})}"]
 
 
-@torch.no_grad()
 def draw_images(
-    pipelines: list[Pipeline],
-    dataset: ImageTree,
-    rows: list[dict],
-    device: torch.device,
-    folder: Path,
-    side: int | None,
+    pipelines: list[Pipeline], dataset: ImageTree, rows: list[dict], runtime: Runtime, folder: Path, side: int | None
 ) -> None:
     """Writes the figures that show images: some unselected ones, the worst cases, and the stages of the first.
-
-    `side` is as in `evaluate`.
 
     Raises:
         UnreadableImage: one of them can't be read any more.
     """
-    classifier, ours = pipelines[-1].classifier, pipelines[-1]
-    labels = dict(zip(classifier.class_names, classifier.labels, strict=True))
+    ours = pipelines[-1]
+    labels = dict(zip(ours.classifier.class_names, ours.classifier.labels, strict=True))
     scored = {(row["image"], row["variant"]): row for row in rows}
+    place = {path: i for i, path in enumerate(dataset.paths)}
 
-    def load(path: str) -> torch.Tensor:
-        image = dataset[dataset.paths.index(path)][1]
-        if isinstance(image, str):  # the reason
-            raise UnreadableImage(f"{path}: {image}")
-        return to_float(image[None], device)
-
-    def run(pipeline: Pipeline, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        small, rebuilt, logits = pipeline(image, side and full_size(image.shape, side))
-        return small[0], rebuilt[0], logits[0]
-
-    def title(path: str, variant: str) -> tuple[str, str]:
+    def verdict(path: str, variant: str) -> tuple[str, str]:
         row = scored[path, variant]  # what the table counts
         text = f"{plots.shorten(labels[row['predicted']], 14)} {row['probability']:.0%}"
         return text, plots.GOOD if row["correct"] else plots.BAD
@@ -236,18 +228,16 @@ def draw_images(
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     for name, chosen in (("triptychs", order[:SHOWN]), ("worst", metrics.worst_cases(rows, SHOWN, ours.name))):
         if chosen:
-            images = [load(path) for path in chosen]
-            columns = {pipeline.name: [run(pipeline, image)[1] for image in images] for pipeline in pipelines}
-            titles = [[title(path, variant) for variant in columns] for path in chosen]
-            if side:
-                columns = {"As it came": [image[0] for image in images]} | columns
-                titles = [[("", plots.PLAIN), *row] for row in titles]
-            plots.image_grid(columns, titles, folder / f"{name}.png")
+            images = images_at(dataset, [place[path] for path in chosen], runtime.device)
+            verdicts = [[verdict(path, pipeline.name) for pipeline in pipelines] for path in chosen]
+            draw_sheet(pipelines, images, verdicts, runtime, folder / f"{name}.png", side)
 
-    small, rebuilt, logits = run(ours, original := load(order[0]))
-    scores = [(best["label"], best["probability"]) for best in classifier.predictions(logits[None], 5)[0]]
-    stages = [("as it came", small)] if side else [("original", original[0]), (f"reduced {ours.reduce}", small)]
-    stages += [(f"{ours.name} x4", ours.restore.network(small[None])[0]), ("Scaler", rebuilt)]
+    (image,) = images_at(dataset, [place[order[0]]], runtime.device)
+    small, rebuilt, (best,) = ask(ours, image, runtime, side and full_size(image.shape, side), top=5)
+    stages = [("as it came", small[0])] if side else [("original", image[0]), (f"reduced {ours.reduce}", small[0])]
+    with torch.no_grad():
+        stages += [(f"{ours.name} x4", ours.restore.network(small)[0]), ("Scaler", rebuilt[0])]
+    scores = [(one["label"], one["probability"]) for one in best]
     plots.pipeline_figure(stages, scores, folder / "pipeline.png")
 
 

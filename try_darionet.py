@@ -19,20 +19,20 @@ row of predictions.csv names it and is otherwise empty; the run that made it had
 all.
 """
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from experiment import plots
 from experiment.data import ImageTree, photograph, small_batches, to_float, whole_small
-from experiment.evaluation import ask, full_size, output_name, save_images, to_rebuild
+from experiment.evaluation import ask, draw_sheet, full_size, images_at, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
 from experiment.runtime import (
     Runtime,
     Stopper,
     new_run_folder,
-    out_of_memory_is_one_line,
     progress_bar,
     seed_without_tf32,
     start_runtime,
@@ -43,7 +43,7 @@ from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
 from models.images import UnreadableImage, is_flattened, read_image
-from models.pipeline import Enlarge, Pipeline, Size, unchanged
+from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Reduction, reduced_length
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
@@ -97,34 +97,31 @@ def main() -> int:
             notes = [other_input(one, Reduction(t.scale, t.interpolation, t.antialias)) for one in weights]
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}") from None
-    print(*(f"{note}\n" for note in notes if note), sep="", end="")
+    for note in filter(None, notes):
+        print(note)
     folder = run_folder(path, parameters)
-    images, panels, predictions = to_float(image[None], runtime.device), [], []
-
-    def panel(pipeline: Pipeline, title: str, size: Size | None = None) -> None:
-        """Adds what a row makes of the image to the figure and to the predictions; ours is saved."""
-        small, rebuilt, ((best,),) = ask(pipeline, images, runtime, size)
-        panels.append((title, rebuilt[0], f"{plots.shorten(best['label'], 28)} {best['probability']:.1%}"))
-        predictions.append({"of": title, **best})
-        if target and pipeline.name == rows[-1].name and (is_small or pipeline.reduce is not unchanged):
-            save_images(rebuilt, [target], overwrite=True)
-
+    images = to_float(image[None], runtime.device)
     if is_small:
-        for row in rows:
-            panel(row, row.name, full_size(images.shape, side))
-        first = (f"as it came, {images.shape[-1]} x {images.shape[-2]} px", images[0], "")
-        plots.panels([first, *panels], 4, folder / "small.png")
+        asked, saved = {row.name: row for row in rows}, rows[-1]
     else:
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
         draw_scales(images, rows, reduction, runtime, folder / "scales.png")
         order = [rows[0], *rows[:0:-1]]
-        for row in order:
-            reduced = Pipeline(row.name, classifier, reduction, row.restore)
-            panel(reduced, f"x{t.scale}, {row.name}")
-        panel(rows[0], "original")
-        for row in order[1:]:
-            panel(row, f"original rebuilt at x4, {row.name}")
-        plots.panels(panels, len(rows), folder / "classification.png")
+        reduced = [Pipeline(row.name, classifier, reduction, row.restore) for row in order]
+        asked, saved = {f"x{t.scale}, {row.name}": row for row in reduced}, reduced[1]
+        asked |= {"original": Pipeline("original", classifier, unchanged, unchanged)}
+        asked |= {f"original rebuilt at x4, {row.name}": row for row in order[1:]}
+    panels, predictions = [], []
+    for title, pipeline in asked.items():
+        _, rebuilt, ((best,),) = ask(pipeline, images, runtime, full_size(images.shape, side))
+        panels.append((title, rebuilt[0], f"{plots.shorten(best['label'], 28)} {best['probability']:.1%}"))
+        predictions.append({"of": title, **best})
+        if target and pipeline is saved:
+            save_images(rebuilt, [target], overwrite=True)
+    if is_small:
+        panels.insert(0, (f"as it came, {images.shape[-1]} x {images.shape[-2]} px", images[0], ""))
+    figure = folder / ("small.png" if is_small else "classification.png")
+    plots.panels(panels, 4 if is_small else len(rows), figure)
 
     file = {"file": str(target)} if target else {}
     write_json(folder / "predictions.json", {"image": str(path), **file, "predictions": predictions})
@@ -135,7 +132,7 @@ def main() -> int:
         flattened = ", its first frame, on white" if is_flattened(path) else ""
         print(f"The rebuilt image: {target}{flattened}")
     print(folder)
-    plots.show_window(folder / ("small.png" if is_small else "classification.png"))
+    plots.show_window(figure)
     return 0
 
 
@@ -156,23 +153,6 @@ def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Run
         title = f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px"
         lines.append((title, [images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)]))
     plots.scales(lines, ["original", "small", "bilinear", *(row.name for row in rows[1:])], path)
-
-
-def draw_sheet(
-    dataset: ImageTree, places: list[int], rows: list[Pipeline], runtime: Runtime, side: int, path: Path
-) -> None:
-    """Some small images, what the rows rebuild of them, and what is read there."""
-    columns, titles = {"As it came": [], **{row.name: [] for row in rows}}, []
-    for image in (dataset[i][1] for i in places):
-        if isinstance(image, str):  # it can't be read any more
-            return
-        images = to_float(image[None], runtime.device)
-        found = [ask(row, images, runtime, full_size(images.shape, side)) for row in rows]
-        for column, shown in zip(columns.values(), [images, *(rebuilt for _, rebuilt, _ in found)], strict=True):
-            column.append(shown[0])
-        verdicts = [f"{plots.shorten(best['label'], 16)} {best['probability']:.0%}" for _, _, ((best,),) in found]
-        titles.append([("", plots.PLAIN), *((verdict, plots.PLAIN) for verdict in verdicts)])
-    plots.image_grid(columns, titles, path)
 
 
 def read_folder(
@@ -211,9 +191,8 @@ def read_folder(
 
     small_side = reduced_length(side, t.scale)  # so a batch takes the memory of one of test.py
     arriving = small_batches(dataset, chosen, parameters.data.workers, batch_size, small_side, stopper)
-    bar = progress_bar(len(chosen), "reading", unit="image")
     try:
-        with bar, out_of_memory_is_one_line(batch_size, "test.batch_size"):
+        with progress_bar(len(chosen), "reading", unit="image") as bar:
             for batch in arriving:
                 if stopper.requested:
                     break
@@ -250,7 +229,15 @@ def read_folder(
         sure = (sum(line[f"{row.name.lower()}_probability"] for line in read.values()) / count for row in rows)
         means = ", ".join(f"{p:.2f} for {row.name}" for row, p in zip(rows, sure, strict=True))
         print(f"{rows[0].name} changes {changed} of {count} decisions on bilinear images; mean probability {means}")
-        draw_sheet(dataset, list(read)[:: -(-count // SHOWN)], rows[::-1], runtime, side, folder / "small.png")
+
+        def verdict(line: dict, row: str) -> tuple[str, str]:
+            return f"{plots.shorten(line[f'{row}_label'], 16)} {line[f'{row}_probability']:.0%}", plots.PLAIN
+
+        shown = list(read)[:: -(-count // SHOWN)]
+        verdicts = [[verdict(lines[i], row.name.lower()) for row in rows[::-1]] for i in shown]
+        with contextlib.suppress(UnreadableImage):  # one went away
+            images = images_at(dataset, shown, runtime.device)
+            draw_sheet(rows[::-1], images, verdicts, runtime, folder / "small.png", side)
         sides = sorted(min(line["width"], line["height"]) for line in read.values())
         if note := other_size(weights[-1], sides[len(sides) // 2], side):
             print(note)

@@ -14,21 +14,23 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from experiment import plots
 from experiment.data import Batch, ImageTree, to_float
 from experiment.distillation import psnr_db
-from experiment.metrics import BASELINE, ORIGINAL, SMALL, WINDOW, require_finite, ssim
+from experiment.metrics import BASELINE, ORIGINAL, OURS, SMALL, WINDOW, require_finite, ssim
 from experiment.runtime import Runtime, Stopper
 from experiment.sampling import ENDINGS, ending
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
-from models.images import to_image
+from models.images import UnreadableImage, to_image
 from models.pipeline import Enlarge, Pipeline, Size, Upscale, unchanged
 from models.scaler import INTERPOLATIONS, Reduction
 from models.weights import published_file
 
 LONGEST_NAME = 255  # bytes of a file's name
+SAMPLES = 6  # images in the strip of an epoch
 
 
 @dataclass
@@ -177,6 +179,56 @@ def score(
     }
     lists = [[None] * len(images) if values is None else values.tolist() for values in columns.values()]
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
+
+
+def images_at(dataset: ImageTree, places: Iterable[int], device: torch.device) -> list[Tensor]:
+    """Images of a folder for a figure, each (1,3,H,W) in [0,1].
+
+    Raises:
+        UnreadableImage: one of them can't be read, or not any more.
+    """
+    found = [dataset[i] for i in places]
+    for i, image in found:
+        if isinstance(image, str):  # the reason
+            raise UnreadableImage(f"{dataset.paths[i]}: {image}")
+    return [to_float(image[None], device) for _, image in found]
+
+
+def draw_sheet(
+    pipelines: list[Pipeline],
+    images: list[Tensor],
+    verdicts: list[list[tuple[str, str]]],
+    runtime: Runtime,
+    path: Path,
+    side: int | None,
+) -> None:
+    """Writes a figure: a row per image, (1,3,H,W) in [0,1], a column per pipeline with what it rebuilds of it.
+
+    `verdicts` has a (text, colour) for each of them. `side` is as in `evaluate`: a first column has what is small.
+    """
+    columns = {} if side is None else {"As it came": [image[0] for image in images]}
+    for pipeline in pipelines:
+        sizes = [None if side is None else full_size(image.shape, side) for image in images]
+        asked = [ask(pipeline, image, runtime, size) for image, size in zip(images, sizes, strict=True)]
+        columns[pipeline.name] = [rebuilt[0] for _, rebuilt, _ in asked]
+    blank = [("", plots.PLAIN)] * (side is not None)
+    plots.image_grid(columns, [[*blank, *row] for row in verdicts], path)
+
+
+@torch.no_grad()
+def draw_samples(
+    dataset: ImageTree, reduction: Reduction, restore: Enlarge | Upscale, runtime: Runtime, path: Path
+) -> None:
+    """Writes a figure of images from all over a folder: original, small, bilinear, DarioNet."""
+    spread = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
+    images = [image for _, image in map(dataset.__getitem__, spread) if isinstance(image, Tensor)][:SAMPLES]
+    if images:
+        originals = to_float(torch.stack(images), runtime.device)
+        size = originals.shape[-2:]
+        with runtime.autocast():
+            small = reduction(originals)
+            bilinear, rebuilt = Enlarge("bilinear")(small, size), restore(small, size)
+        plots.image_grid({"original": originals, "small": small, BASELINE: bilinear, OURS: rebuilt}, None, path)
 
 
 def output_name(name: str) -> str:

@@ -235,15 +235,6 @@ def new_run_folder(kind: str, suffix: str = "") -> Path:
         now += 1
 
 
-@contextlib.contextmanager
-def out_of_memory_is_one_line(batch_size: int, key: str):
-    """Turns a GPU's out of memory into a line that says what to lower: the parameter `key`, now `batch_size`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise OneProcessError(f"out of GPU memory at batch size {batch_size}: lower {key}") from None
-
-
 class Lines(io.TextIOBase):
     """Standard output with a line per state of a progress bar, since no terminal overwrites the one before."""
 

@@ -86,9 +86,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}: {error.filename or 'the disk'}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return 2, "out of GPU memory: close what else uses it, or lower the batch size"
+        return 2, "out of GPU memory: lower training.batch_size or test.batch_size, or close what else uses it"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return 2, "out of memory: lower the batch size, the crop size or data.workers, or take a smaller network"
+        return 2, "out of memory: lower the batch size, the crop size or data.workers"
     return None
 
 
