@@ -64,11 +64,9 @@ def make_pipelines(
 
 
 def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
-    """What enlarges the small images that an adapted classifier reads: `how` is an interpolation, or an upscaler's
-    weights, a file or a name that models.weights.URLS lists.
+    """What enlarges the small images that an adapted classifier reads.
 
-    Raises:
-        InputError: `how` is neither an interpolation nor the weights of an RRDBNet x4.
+    `how` is an interpolation or an upscaler's weights, a file or a name in models.weights.URLS; else raises InputError.
     """
     if how in INTERPOLATIONS:
         return Enlarge(how)
@@ -87,8 +85,7 @@ def ask(
 ) -> tuple[Tensor, Tensor, list[list[dict]]]:
     """(N,3,H,W) in [0,1] -> the small and the rebuilt images, and the `top` predictions of each.
 
-    Raises:
-        InputError: scores that are not finite.
+    Raises InputError if scores are not finite.
     """
     with runtime.autocast():
         small, rebuilt, logits = pipeline(images, size)
@@ -112,17 +109,13 @@ def evaluate(
     """Adds the images that arrive to `result`; returns between two batches if a signal asked to stop.
 
     `side` is the shorter side, in pixels, that images which are small already are rebuilt to. They have no original, so
-    no PSNR, no SSIM and no agreement with it.
-
-    Raises:
-        InputError: scores that are not finite.
+    no PSNR, no SSIM and no agreement with it. Raises InputError if scores are not finite.
     """
     for batch in arriving:
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
         places = batch.indices.tolist()
-        images = to_float(batch.images, runtime.device)
+        images, original = to_float(batch.images, runtime.device), None
         target = torch.tensor([targets[i] for i in places], device=runtime.device)
-        original = None
         for pipeline in pipelines if places else ():
             name, class_names = pipeline.name, pipeline.classifier.class_names
             size = None if side is None else full_size(images.shape, side)
@@ -182,11 +175,7 @@ def score(
 
 
 def images_at(dataset: ImageTree, places: Iterable[int], device: torch.device) -> list[Tensor]:
-    """Images of a folder for a figure, each (1,3,H,W) in [0,1].
-
-    Raises:
-        UnreadableImage: one of them can't be read, or not any more.
-    """
+    """Images of a folder, each (1,3,H,W) in [0,1]. Raises UnreadableImage if one can't be read (any more)."""
     found = [dataset[i] for i in places]
     for i, image in found:
         if isinstance(image, str):  # the reason
@@ -247,8 +236,7 @@ def output_name(name: str) -> str:
 def to_rebuild(sources: list[Path], targets: list[Path], overwrite: bool) -> list[int]:
     """Places of the images whose target does not exist yet; of all with `overwrite`. Folders are made.
 
-    Raises:
-        InputError: one of these targets can't be written, or is the image itself.
+    Raises InputError if one of these targets can't be written, or is the image itself.
     """
     chosen = [i for i, target in enumerate(targets) if overwrite or not os.path.isfile(target)]
     existing = [i for i in chosen if os.path.lexists(targets[i])]
@@ -267,11 +255,7 @@ def save_images(rebuilt: Tensor, targets: list[Path], overwrite: bool) -> None:
 
 
 def save_image(rebuilt: Tensor, target: Path, overwrite: bool) -> None:
-    """Writes (3,H,W) in [0,1] as a PNG of 8 bits, rounded.
-
-    Raises:
-        InputError: the file exists since `to_rebuild` looked.
-    """
+    """Writes (3,H,W) in [0,1] as a PNG of 8 bits, rounded; InputError if the file exists since `to_rebuild` looked."""
     if not overwrite and os.path.isfile(target):  # or the file system does not tell A from a
         raise InputError(f"{target}: exists since this run started; change --save")
     image = to_image(rebuilt)  # level 1: a quarter of the time of Pillow's default, a tenth more bytes

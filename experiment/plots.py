@@ -25,7 +25,8 @@ STYLE = {
     **{"axes.axisbelow": True, "figure.dpi": 100, "savefig.dpi": 150, "text.usetex": False},
     "text.parse_math": False,  # names of classes and files are shown as they are: "$" begins no formula
 }
-A4, MARGIN = (8.27, 11.69), 0.7  # inches
+A4, MARGIN = (8.27, 11.69), 0.08  # inches; of the width
+LINE, LINES = 94, 66  # characters of a line, lines of a page
 
 
 @contextlib.contextmanager
@@ -164,13 +165,9 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
 
 
 def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path) -> None:
-    """What is left of an image at several scales: a row of images per scale, named at its left."""
-    size, at = (2.2 * len(headings), 2.2 * len(rows)), {"xycoords": "axes fraction", "va": "center", "ha": "right"}
-    with drawing(path, len(rows), len(headings), figsize=size, squeeze=False) as (_, axes):
-        for r, (name, images) in enumerate(rows):
-            for c, image in enumerate(images):
-                show_image(axes[r, c], image, headings[c] if r == 0 else "")
-            axes[r, 0].annotate(legible(name), (-0.06, 0.5), rotation=90, **at)
+    """What is left of an image at several scales: a row of images per scale, named under it."""
+    columns = {heading: [images[c] for _, images in rows] for c, heading in enumerate(headings)}
+    image_grid(columns, None, path, [name for name, _ in rows])
 
 
 def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> None:
@@ -292,49 +289,36 @@ def pipeline_figure(stages: list[tuple[str, Tensor]], scores: list[tuple[str, fl
 
 
 def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Path]], path: Path) -> None:
-    """A PDF of A4 pages: title, text, figures (a heading and a PNG file each) one below the other, the parameters."""
-    pages, top, width, left = [], A4[1], A4[0] - 2 * MARGIN, MARGIN / A4[0]
-
-    def make_room(height: float) -> float:
-        """Where so many inches are free: their upper end, on the last page or a new one."""
-        nonlocal top
-        if top + height > A4[1] - MARGIN:
-            pages.append(Figure(figsize=A4))
-            top = MARGIN
-        top += height
-        return 1 - (top - height) / A4[1]
-
-    def write(line: str, size: float, **style) -> None:
-        characters = int(width * 72 / (0.61 * size))  # as wide as a monospaced one
-        for piece in textwrap.wrap(legible(line), characters, subsequent_indent="    ") or [""]:
-            y = make_room(size * 1.6 / 72)
-            pages[-1].text(left, y, piece, fontsize=size, va="top", **style)
-
-    def save(file) -> None:
-        with PdfPages(file) as pdf:
-            for page in pages:
-                pdf.savefig(page, dpi=100)
-
+    """A PDF of A4 pages: title and text, every figure (a heading and a PNG file) on its own page, the parameters."""
     with styled() as fonts:
         from matplotlib.backends.backend_pdf import PdfPages
         from matplotlib.figure import Figure
 
-        write(title, 20, fontweight="bold")
-        for line in text.splitlines():
-            write(line, 9)
+        def pages_of(heading: str, text: str) -> Iterator[Figure]:
+            pieces = [textwrap.wrap(legible(line), LINE, subsequent_indent="    ") or [""] for line in text.split("\n")]
+            lines = sum(pieces, [])
+            for first in range(0, len(lines), LINES):
+                page = Figure(figsize=A4)
+                page.text(MARGIN, 0.95, legible(heading), fontsize=14, fontweight="bold", va="top")
+                for n, line in enumerate(lines[first : first + LINES]):
+                    page.text(MARGIN, 0.92 - 0.013 * n, line, fontsize=8, va="top", family=["DejaVu Sans Mono", *fonts])
+                yield page
+
+        pages = [*pages_of(title, text)]
         for heading, png in figures:
+            pages += pages_of(heading, "")
             pixels = np.asarray(Image.open(png))
-            shown = min(width, width * pixels.shape[1] / 1100)  # a narrow figure is not blown up
-            tall = shown * pixels.shape[0] / pixels.shape[1]
-            y = make_room(tall + 0.5)
-            pages[-1].text(left, y - 0.15 / A4[1], legible(heading), fontsize=12, fontweight="bold", va="top")
-            axes = pages[-1].add_axes((left, y - (tall + 0.45) / A4[1], shown / A4[0], tall / A4[1]))
+            width = (1 - 2 * MARGIN) * min(1, pixels.shape[1] / 1100)  # a narrow figure is not blown up
+            axes = pages[-1].add_axes((MARGIN, 0.05, width, 0.87), anchor="N")
             axes.imshow(pixels)
             axes.set_axis_off()
-        top = A4[1]
-        write("Parameters", 12, fontweight="bold")
-        for line in json.dumps(parameters, ensure_ascii=False, indent=4).splitlines():
-            write(line, 8, family=["DejaVu Sans Mono", *fonts])
+        pages += pages_of("Parameters", json.dumps(parameters, ensure_ascii=False, indent=4))
+
+        def save(file) -> None:
+            with PdfPages(file) as pdf:
+                for page in pages:
+                    pdf.savefig(page, dpi=100)
+
         write_atomically(path, save)
 
 
