@@ -85,12 +85,12 @@ def main() -> int:
         runtime = start_runtime(options.precision)
         seed_without_tf32(options.seed)
         side, is_small = t.val_crop_size, arguments.small
+        full_side = side if is_small else None  # what small images are rebuilt to
         transform = whole_small(side) if is_small else Transform(t.resize_size, side)
         dataset = ImageTree(parameters.data.test, transform)
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        networks = load_upscalers(
-            weights, parameters.darionet.initial_weights, runtime.device, t.interpolation, t.antialias
-        )
+        start = parameters.darionet.initial_weights
+        networks = load_upscalers(weights, start, runtime.device, t.interpolation, t.antialias)
         classifier = to_device(open_classifier(**section.model_dump()), runtime.device)
         classifier.check(side, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
@@ -103,13 +103,12 @@ def main() -> int:
                 raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
             how = str(trained_for(path).get("enlarge", "bilinear"))
             rivals[name] = to_device(adapted, runtime.device), open_restore(how, reduction, runtime.device)
-        pipelines = make_pipelines(classifier, unchanged if is_small else reduction, networks, rivals)
-        small = reduced_length(side, t.scale)
-        if is_small:
-            pipelines = [pipeline for pipeline in pipelines if pipeline.name not in (ORIGINAL, SMALL)]
-        elif classifier.refusal(small, small):
-            pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
+        small, left_out = reduced_length(side, t.scale), [ORIGINAL, SMALL] if is_small else []
+        if not is_small and classifier.refusal(small, small):
+            left_out = [SMALL]
             print(f"Left out: {SMALL}, since {section.architecture} can't read {small}x{small} pixels")
+        pipelines = make_pipelines(classifier, unchanged if is_small else reduction, networks, rivals)
+        pipelines = [pipeline for pipeline in pipelines if pipeline.name not in left_out]
         if runtime.is_main:
             folder = new_run_folder("test")
             metrics.write_json(folder / "parameters.json", parameters.model_dump())
@@ -132,7 +131,6 @@ def main() -> int:
                 arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
             else:
                 arriving = batches(dataset, chosen, workers, is_cuda, stopper)
-            full_side = side if is_small else None
             with progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image") as bar:
                 evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
             if stopped := agreed_to_stop(runtime, stopper):
@@ -212,13 +210,11 @@ def draw_images(
 ) -> None:
     """Writes the figures that show images: some unselected ones, the worst cases, and the stages of the first.
 
-    Raises:
-        UnreadableImage: one of them can't be read any more.
+    Raises UnreadableImage if one of them can't be read any more.
     """
     ours = pipelines[-1]
     labels = dict(zip(ours.classifier.class_names, ours.classifier.labels, strict=True))
     scored = {(row["image"], row["variant"]): row for row in rows}
-    place = {path: i for i, path in enumerate(dataset.paths)}
 
     def verdict(path: str, variant: str) -> tuple[str, str]:
         row = scored[path, variant]  # what the table counts
@@ -228,11 +224,11 @@ def draw_images(
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     for name, chosen in (("triptychs", order[:SHOWN]), ("worst", metrics.worst_cases(rows, SHOWN, ours.name))):
         if chosen:
-            images = images_at(dataset, [place[path] for path in chosen], runtime.device)
+            images = images_at(dataset, chosen, runtime.device)
             verdicts = [[verdict(path, pipeline.name) for pipeline in pipelines] for path in chosen]
             draw_sheet(pipelines, images, verdicts, runtime, folder / f"{name}.png", side)
 
-    (image,) = images_at(dataset, [place[order[0]]], runtime.device)
+    (image,) = images_at(dataset, order[:1], runtime.device)
     small, rebuilt, (best,) = ask(ours, image, runtime, side and full_size(image.shape, side), top=5)
     stages = [("as it came", small[0])] if side else [("original", image[0]), (f"reduced {ours.reduce}", small[0])]
     with torch.no_grad():

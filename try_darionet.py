@@ -29,14 +29,7 @@ from experiment.data import ImageTree, photograph, small_batches, to_float, whol
 from experiment.evaluation import ask, draw_sheet, full_size, images_at, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
-from experiment.runtime import (
-    Runtime,
-    Stopper,
-    new_run_folder,
-    progress_bar,
-    seed_without_tf32,
-    start_runtime,
-)
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from experiment.sampling import refuse_overlap
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
@@ -179,13 +172,9 @@ def read_folder(
         chosen = to_rebuild([path / name for name in names], targets, overwrite)
     folder = run_folder(path, parameters)
     rows = rows[::-1]  # ours first
-    blank = dict.fromkeys(["image", *(["file"] if out else []), "width", "height"])
-    blank |= dict.fromkeys(f"{row.name.lower()}_{key}" for row in rows for key in COLUMNS)
-
-    def line_of(i: int) -> dict:
-        return blank | {"image": names[i]} | ({"file": str(targets[i])} if out else {})
-
-    lines, unreadable = {i: line_of(i) for i in {*range(len(names))} - {*chosen}}, {}
+    blank = dict.fromkeys(["width", "height", *(f"{row.name.lower()}_{key}" for row in rows for key in COLUMNS)])
+    first = [{"image": name} | ({"file": str(targets[i])} if out else {}) for i, name in enumerate(names)]
+    lines, unreadable = {i: first[i] | blank for i in {*range(len(names))} - {*chosen}}, {}
     if before := len(lines):
         print(f"{before} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
 
@@ -199,7 +188,8 @@ def read_folder(
                 unreadable |= dict(batch.unreadable)
                 if places := batch.indices.tolist():
                     images = to_float(batch.images, runtime.device)
-                    new = [line_of(i) | {"width": images.shape[-1], "height": images.shape[-2]} for i in places]
+                    size = {"width": images.shape[-1], "height": images.shape[-2]}
+                    new = [first[i] | blank | size for i in places]
                     for row in rows:
                         _, rebuilt, predictions = ask(row, images, runtime, full_size(images.shape, side))
                         for line, (best,) in zip(new, predictions, strict=True):
@@ -236,7 +226,7 @@ def read_folder(
         shown = list(read)[:: -(-count // SHOWN)]
         verdicts = [[verdict(lines[i], row.name.lower()) for row in rows[::-1]] for i in shown]
         with contextlib.suppress(UnreadableImage):  # one went away
-            images = images_at(dataset, shown, runtime.device)
+            images = images_at(dataset, [names[i] for i in shown], runtime.device)
             draw_sheet(rows[::-1], images, verdicts, runtime, folder / "small.png", side)
         sides = sorted(min(line["width"], line["height"]) for line in read.values())
         if note := other_size(weights[-1], sides[len(sides) // 2], side):

@@ -174,13 +174,13 @@ def score(
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
-def images_at(dataset: ImageTree, places: Iterable[int], device: torch.device) -> list[Tensor]:
-    """Images of a folder, each (1,3,H,W) in [0,1]. Raises UnreadableImage if one can't be read (any more)."""
-    found = [dataset[i] for i in places]
-    for i, image in found:
+def images_at(dataset: ImageTree, paths: list[str], device: torch.device) -> list[Tensor]:
+    """Some images of a folder, each (1,3,H,W) in [0,1]. Raises UnreadableImage if one can't be read any more."""
+    images = [dataset[dataset.paths.index(path)][1] for path in paths]
+    for path, image in zip(paths, images, strict=True):
         if isinstance(image, str):  # the reason
-            raise UnreadableImage(f"{dataset.paths[i]}: {image}")
-    return [to_float(image[None], device) for _, image in found]
+            raise UnreadableImage(f"{path}: {image}")
+    return [to_float(image[None], device) for image in images]
 
 
 def draw_sheet(

@@ -196,11 +196,8 @@ class Run:
             state.bad_in_a_row += not settling
         self.scaler.update()
         if state.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            remedy = (
-                "start a new run with a lower learning rate or training.precision float32, from best.pt if it exists"
-            )
             fault = f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row; the last checkpoint stands"
-            raise InputError(f"{fault}: {remedy}")
+            raise InputError(f"{fault}: start a new run with a lower learning rate or training.precision float32")
 
     def refuse_unreadable(self, images: ImageTree) -> None:
         """Lists the unreadable images; raises InputError if they are over 0.1 % of more than 1000, or all."""
@@ -216,8 +213,8 @@ class Run:
         self, loss: Callable[[Tensor], Losses], dataset: ImageTree, targets: list[int], batch_size: int, workers: int
     ) -> dict | None:
         """The scores of `distillation.validate` on a folder, of which this process reads its part of the batches."""
-        all_batches = epoch_batches(len(dataset), batch_size, seed=0, epoch=0, shuffle=False, limit=None)
-        own = self.runtime.part(all_batches)
+        lists = epoch_batches(len(dataset), batch_size, seed=0, epoch=0, shuffle=False, limit=None)
+        own = self.runtime.part(lists)
         with progress_bar(len(own), "validation", self.training["verbose"], leave=False) as bar:
             arriving = batches(dataset, own, workers, stopper=self.stopper)
             return validate(loss, arriving, targets, self.runtime, self.stopper, bar)
