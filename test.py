@@ -37,15 +37,7 @@ from experiment.evaluation import (
 )
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
-from experiment.runtime import (
-    Runtime,
-    Stopper,
-    agreed_to_stop,
-    new_run_folder,
-    progress_bar,
-    seed_without_tf32,
-    start_runtime,
-)
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import default_weights, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
@@ -133,7 +125,7 @@ def main() -> int:
                 arriving = batches(dataset, chosen, workers, is_cuda, stopper)
             with progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image") as bar:
                 evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
-            if stopped := agreed_to_stop(runtime, stopper):
+            if stopped := stopper.agree(*runtime.sum_numbers(stopper.requested)):
                 break
         result = joined(runtime.gather(result), [dataset.paths[i] for chosen in lists for i in chosen])
         if not runtime.is_main:

@@ -183,8 +183,7 @@ def validate(
             break
     sums = (count, total, psnr, right, labelled, agreeing, unreadable, stopper.requested)
     count, total, psnr, right, labelled, agreeing, unreadable, stops = runtime.sum_numbers(*sums)
-    if stops:
-        stopper.stop_with_others()
+    if stopper.agree(stops):
         return None
     if not count:
         raise InputError("none of the validation images could be read; check data.val")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from experiment.data import Batch, ImageTree, batches, epoch_batches
 from experiment.distillation import Losses, ema_update, validate
 from experiment.metrics import write_csv, write_json
-from experiment.runtime import LOGS, Runtime, Stopper, agreed_to_stop, new_run_folder, progress_bar
+from experiment.runtime import LOGS, Runtime, Stopper, new_run_folder, progress_bar
 from models.errors import InputError
 from models.files import remove_partials, replace, write_atomically
 from models.weights import load_file, save_to, save_weights
@@ -151,7 +151,7 @@ class Run:
                     self.save()
                 if self.stopped:
                     break
-        self.stopped = agreed_to_stop(self.runtime, self.stopper)
+        self.stopped = self.stopper.agree(*self.runtime.sum_numbers(self.stopper.requested))
 
     def step(self, losses: Losses | None, batch: Batch, learning_rate: float) -> None:
         """Backward, average over the processes, clip, step, count. Not taken if loss or gradient are not finite.
@@ -171,9 +171,7 @@ class Run:
         if unreadable:
             for part in runtime.gather(batch.unreadable):
                 state.unreadable.update(part)
-        if stops:
-            self.stopper.stop_with_others()
-            self.stopped = True
+        self.stopped = self.stopper.agree(stops)
         if not count:
             return
         average_gradients(self.network, own, count, runtime)

@@ -245,14 +245,6 @@ def progress_bar(total: int, description: str, verbose: bool = True, *, unit: st
     return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
 
 
-def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
-    """Whether any of the processes was asked to stop, at one moment for all: then all of them stop."""
-    stops = any(runtime.gather(stopper.requested))
-    if stops:
-        stopper.stop_with_others()
-    return stops
-
-
 class Stopper:
     """Notes Ctrl-C, SIGTERM and SIGHUP, so that the step in progress can end; a second Ctrl-C interrupts at once."""
 
@@ -280,9 +272,11 @@ class Stopper:
             with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads our output, such as tee
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    def stop_with_others(self) -> None:
-        """Another process was asked to stop."""
-        self.signal = self.signal or signal.SIGTERM
+    def agree(self, asked: float) -> bool:
+        """Whether any process was asked to stop, which all have summed at one moment: then this one stops, too."""
+        if asked:
+            self.signal = self.signal or signal.SIGTERM
+        return asked > 0
 
     @property
     def requested(self) -> bool:
