@@ -67,6 +67,7 @@ def main() -> int:
 
     # The networks
     t, side = parameters.transformations, parameters.transformations.val_crop_size
+    reduction = Reduction(t.scale, t.interpolation, t.antialias)
     weights = arguments.weights or [parameters.darionet.weights]
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
@@ -87,7 +88,7 @@ def main() -> int:
             notes = [other_size(weights[-1], min(image.shape[-2:]), side)]
         else:
             image = photograph(path, t.resize_size, side)
-            notes = [other_input(one, Reduction(t.scale, t.interpolation, t.antialias)) for one in weights]
+            notes = [other_input(one, reduction) for one in weights]
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}") from None
     for note in filter(None, notes):
@@ -97,7 +98,6 @@ def main() -> int:
     if is_small:
         asked, saved = {row.name: row for row in rows}, rows[-1]
     else:
-        reduction = Reduction(t.scale, t.interpolation, t.antialias)
         draw_scales(images, rows, reduction, runtime, folder / "scales.png")
         order = [rows[0], *rows[:0:-1]]
         reduced = [Pipeline(row.name, classifier, reduction, row.restore) for row in order]

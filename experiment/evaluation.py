@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ def make_pipelines(
     classifier: FrozenClassifier,
     reduction: Callable[[Tensor], Tensor],
     networks: dict[str, Upscale],
-    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
+    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] | None = None,
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
 
@@ -58,7 +57,7 @@ def make_pipelines(
         Pipeline(SMALL, classifier, reduction, unchanged),
         Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
         Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
-        *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in rivals.items()),
+        *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in (rivals or {}).items()),
         *(Pipeline(name, classifier, reduction, restore) for name, restore in networks.items()),
     ]
 

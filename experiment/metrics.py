@@ -109,10 +109,10 @@ def recovered_draws(
     lost, lost_draws = (values[ORIGINAL] - values[BASELINE] for values in (accuracy, draws))
     if lost <= 0:
         return None, None
-    fraction, drawn = ((values[name] - values[BASELINE]) for values in (accuracy, draws))
+    regained, regained_draws = (values[name] - values[BASELINE] for values in (accuracy, draws))
     if (lost_draws <= 0).any():  # the loss may be nothing: its ratio has no interval
-        return fraction / lost, None
-    return fraction / lost, drawn / lost_draws
+        return regained / lost, None
+    return regained / lost, regained_draws / lost_draws
 
 
 def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:

@@ -17,6 +17,13 @@ from models.errors import InputError
 SHIPPED = Path(__file__).parents[1] / "examples/photographs/parameters.json"
 
 
+def expand_home(text: str) -> str:
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise ValueError(f"{printable(path)}: no such home folder")
+    return path
+
+
 def entry(default: object, description: str, **limits):
     return Field(default, description=description, **limits)
 
@@ -30,7 +37,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Characters = StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")
-Text = Annotated[str, Characters, AfterValidator(os.path.expanduser)]
+Text = Annotated[str, Characters, AfterValidator(expand_home)]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 
