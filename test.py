@@ -216,9 +216,8 @@ def draw_images(
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     for name, chosen in (("triptychs", order[:SHOWN]), ("worst", metrics.worst_cases(rows, SHOWN, ours.name))):
         if chosen:
-            images = images_at(dataset, chosen, runtime.device)
-            verdicts = [[verdict(path, pipeline.name) for pipeline in pipelines] for path in chosen]
-            draw_sheet(pipelines, images, verdicts, runtime, folder / f"{name}.png", side)
+            verdicts = {path: [verdict(path, pipeline.name) for pipeline in pipelines] for path in chosen}
+            draw_sheet(pipelines, dataset, verdicts, runtime, folder / f"{name}.png", side)
 
     (image,) = images_at(dataset, order[:1], runtime.device)
     small, rebuilt, (best,) = ask(ours, image, runtime, side and full_size(image.shape, side), top=5)

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from experiment import plots
 from experiment.data import ImageTree, photograph, small_batches, to_float, whole_small
-from experiment.evaluation import ask, draw_sheet, full_size, images_at, output_name, save_images, to_rebuild
+from experiment.evaluation import ask, draw_sheet, full_size, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
 from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
@@ -214,9 +214,9 @@ def read_folder(
         goes_on = "; the same command goes on" if out else ""
         print(f"Stopped: {count + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")
     if count:
-        read = {i: line for i, line in sorted(lines.items()) if line["width"]}
-        changed = sum(line[f"{rows[0].name.lower()}_class"] != line["bilinear_class"] for line in read.values())
-        sure = (sum(line[f"{row.name.lower()}_probability"] for line in read.values()) / count for row in rows)
+        read = [line for _, line in sorted(lines.items()) if line["width"]]
+        changed = sum(line[f"{rows[0].name.lower()}_class"] != line["bilinear_class"] for line in read)
+        sure = (sum(line[f"{row.name.lower()}_probability"] for line in read) / count for row in rows)
         means = ", ".join(f"{p:.2f} for {row.name}" for row, p in zip(rows, sure, strict=True))
         print(f"{rows[0].name} changes {changed} of {count} decisions on bilinear images; mean probability {means}")
 
@@ -224,11 +224,10 @@ def read_folder(
             return f"{plots.shorten(line[f'{row}_label'], 16)} {line[f'{row}_probability']:.0%}", plots.PLAIN
 
         shown = list(read)[:: -(-count // SHOWN)]
-        verdicts = [[verdict(lines[i], row.name.lower()) for row in rows[::-1]] for i in shown]
+        verdicts = {line["image"]: [verdict(line, row.name.lower()) for row in rows[::-1]] for line in shown}
         with contextlib.suppress(UnreadableImage):  # one went away
-            images = images_at(dataset, [names[i] for i in shown], runtime.device)
-            draw_sheet(rows[::-1], images, verdicts, runtime, folder / "small.png", side)
-        sides = sorted(min(line["width"], line["height"]) for line in read.values())
+            draw_sheet(rows[::-1], dataset, verdicts, runtime, folder / "small.png", side)
+        sides = sorted(min(line["width"], line["height"]) for line in read)
         if note := other_size(weights[-1], sides[len(sides) // 2], side):
             print(note)
     print(folder)

@@ -184,23 +184,24 @@ def images_at(dataset: ImageTree, paths: list[str], device: torch.device) -> lis
 
 def draw_sheet(
     pipelines: list[Pipeline],
-    images: list[Tensor],
-    verdicts: list[list[tuple[str, str]]],
+    dataset: ImageTree,
+    verdicts: dict[str, list[tuple[str, str]]],
     runtime: Runtime,
     path: Path,
     side: int | None,
 ) -> None:
-    """Writes a figure: a row per image, (1,3,H,W) in [0,1], a column per pipeline with what it rebuilds of it.
+    """Writes a figure: a row per image, a column per pipeline with what it rebuilds of it.
 
-    `verdicts` has a (text, colour) for each of them. `side` is as in `evaluate`: a first column has what is small.
+    `verdicts` has the paths of the images, and a (text, colour) per pipeline. `side` is as in `evaluate`: if the images
+    are small already, a first column has them as they are. Raises UnreadableImage as `images_at`.
     """
+    images = images_at(dataset, list(verdicts), runtime.device)
     columns = {} if side is None else {"As it came": [image[0] for image in images]}
     for pipeline in pipelines:
-        sizes = [None if side is None else full_size(image.shape, side) for image in images]
-        asked = [ask(pipeline, image, runtime, size) for image, size in zip(images, sizes, strict=True)]
+        asked = [ask(pipeline, image, runtime, side and full_size(image.shape, side)) for image in images]
         columns[pipeline.name] = [rebuilt[0] for _, rebuilt, _ in asked]
-    blank = [("", plots.PLAIN)] * (side is not None)
-    plots.image_grid(columns, [[*blank, *row] for row in verdicts], path)
+    blank = [] if side is None else [("", plots.PLAIN)]
+    plots.image_grid(columns, [[*blank, *row] for row in verdicts.values()], path)
 
 
 @torch.no_grad()
