@@ -223,7 +223,7 @@ def read_folder(
         def verdict(line: dict, row: str) -> tuple[str, str]:
             return f"{plots.shorten(line[f'{row}_label'], 16)} {line[f'{row}_probability']:.0%}", plots.PLAIN
 
-        shown = list(read)[:: -(-count // SHOWN)]
+        shown = read[:: -(-count // SHOWN)]
         verdicts = {line["image"]: [verdict(line, row.name.lower()) for row in rows[::-1]] for line in shown}
         with contextlib.suppress(UnreadableImage):  # one went away
             draw_sheet(rows[::-1], dataset, verdicts, runtime, folder / "small.png", side)
