@@ -36,8 +36,8 @@ from models.weights import refuse_unwritable_weights
 
 def main() -> int:
     parser = script_parser(__doc__)
-    help = "go on with a run: its folder in assets/logs (default: the one that was stopped last)"
-    parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help=help)
+    goes_on = "go on with a run: its folder in assets/logs (default: the one that was stopped last)"
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help=goes_on)
     arguments = parser.parse_args()
 
     # Set-up

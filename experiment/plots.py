@@ -294,9 +294,9 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
         from matplotlib.backends.backend_pdf import PdfPages
         from matplotlib.figure import Figure
 
-        def pages_of(heading: str, text: str) -> Iterator[Figure]:
-            pieces = [textwrap.wrap(legible(line), LINE, subsequent_indent="    ") or [""] for line in text.split("\n")]
-            lines = sum(pieces, [])
+        def pages_of(heading: str, body: str) -> Iterator[Figure]:
+            wrapped = (textwrap.wrap(legible(line), LINE, subsequent_indent="    ") for line in body.split("\n"))
+            lines = [piece for pieces in wrapped for piece in pieces or [""]]
             for first in range(0, len(lines), LINES):
                 page = Figure(figsize=A4)
                 page.text(MARGIN, 0.95, legible(heading), fontsize=14, fontweight="bold", va="top")
