@@ -58,13 +58,13 @@ class Transform(NamedTuple):
             image = image.crop((left, top, left + width, top + height))
         image = image.resize(size_of_shorter_side(*image.size, self.resize), Image.Resampling.BILINEAR)
         top, left = (image.height - self.crop) // 2, (image.width - self.crop) // 2
-        flips = (False, False)
+        across = down = 1  # -1 for a flip
         if self.epoch is not None:
             rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
             top, left = rng.randint(0, image.height - self.crop), rng.randint(0, image.width - self.crop)
-            flips = rng.random() < self.horizontal_flip, rng.random() < self.vertical_flip
-        pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
-        pixels = pixels[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+            across = -1 if rng.random() < self.horizontal_flip else 1
+            down = -1 if rng.random() < self.vertical_flip else 1
+        pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))[::down, ::across]
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -145,11 +145,8 @@ class ImageTree(Dataset):
     def targets(self, class_names: list[str], required: bool = False) -> list[int]:
         """The classifier's index of every image's class, by the name of its folder; NO_LABEL without class folders.
 
-        Names are compared in NFC: some systems take letters and their accents apart.
-
-        Raises:
-            InputError: a folder that the classifier does not know, images beside the folders, or no folders at all
-                although labels are `required`.
+        Names are compared in NFC: some systems take letters and their accents apart. Raises InputError if a class is
+        unknown, if images lie beside the folders, or if there are no folders although labels are `required`.
         """
         indices = {unicodedata.normalize("NFC", name): i for i, name in enumerate(class_names)}
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]

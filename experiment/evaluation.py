@@ -50,7 +50,7 @@ def make_pipelines(
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
 
-    `rivals` are classifiers that were adapted to small images, by the names of their rows, and how theirs are enlarged.
+    `rivals`: by the name of its row, a classifier that was adapted to small images, and how they are enlarged for it.
     """
     return [
         Pipeline(ORIGINAL, classifier, unchanged, unchanged),

@@ -47,10 +47,7 @@ def styled(**style) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def drawing(path: Path, rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], style=None, **options):
-    """A figure and its axes, as pyplot's subplots; the end of the block writes them to `path`, a PNG, atomically.
-
-    No window and no backend is behind it: a run must not end because a screen does.
-    """
+    """A figure and its axes, as pyplot's subplots, without a window; the end of the block writes a PNG, atomically."""
     with styled(**style or {}):
         from matplotlib.figure import Figure
 
@@ -123,8 +120,7 @@ def image_grid(
     path: Path,
     notes: list[str] | None = None,
 ) -> None:
-    """Rows of images under named columns; `titles` may add a (text, colour) above every image, row by row, and
-    `notes` a line under each row."""
+    """Rows of images under named columns. `titles` has a (text, colour) for above every image, `notes` one per row."""
     rows = len(next(iter(columns.values())))
     size = 1.9 * len(columns), (2.15 + 0.2 * bool(notes) if titles else 1.95) * rows
     with drawing(path, rows, len(columns), figsize=size, squeeze=False) as (figure, axes):
@@ -323,10 +319,8 @@ def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Pat
 
 
 def degradation(rows: list[dict], original: float, path: Path) -> None:
-    """Accuracy per way of reducing, a panel per scale and a bar per variant.
-
-    `rows` are those of examples/degradation.py, `original` is the accuracy on the original images, a line across.
-    """
+    """Accuracy per way of reducing, the `rows` of examples/degradation.py: a panel per scale, a bar per variant, and
+    the accuracy on the `original` images as a line across."""
     names, scales = list(rows[0]["accuracy"]), list(dict.fromkeys(row["scale"] for row in rows))
     palette = dict(zip(names, [COLOURS[BASELINE], *SERIES[2:4], *SERIES[:1], *SERIES[4:]], strict=False))
     size = len(rows) + 2, 3.4

@@ -135,10 +135,7 @@ def start_runtime(precision: str) -> Runtime:
 
 @lost_process()
 def join_processes(backend: str) -> None:
-    """Joins torchrun's processes, in each life of the job under keys of its own.
-
-    Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
-    """
+    """Joins torchrun's processes, with own keys per life of the job: torch's store keeps the addresses of the dead."""
     try:
         store, rank, processes = next(dist.rendezvous("env://"))
     except ValueError as error:  # a batch system's own WORLD_SIZE, without the rest
@@ -150,10 +147,7 @@ def join_processes(backend: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed for the next tensor, as torch does on GPUs.
-
-    glibc maps every large tensor anew, and the system fills its pages with zeros: 7 % of a training step's time.
-    """
+    """Has the C library keep what is freed for the next tensor: zeros for fresh pages take 7 % of a training step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own

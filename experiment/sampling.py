@@ -140,8 +140,7 @@ def sample(
 ) -> None:
     """Copies class folders from `source`: `parts` maps a target folder to its images by class.
 
-    A second run completes what a stopped one left. Raises InputError if a target holds another choice and `overwrite`
-    is not set, if it holds something else, or if it is (or is in, or holds) the source.
+    A second run completes what a stopped one left. Raises InputError as `refuse_overlap` and `prepare_target` do.
     """
     choice, chosen = {"source": os.path.abspath(source), "seed": seed, "fraction": fraction}, {}
     for target, images in parts.items():
