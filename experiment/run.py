@@ -117,7 +117,11 @@ class Run:
 
     def load(self) -> None:
         checkpoint = load_checkpoint(self.folder)
-        refuse_changes(json.loads(checkpoint["resolved"]), self.resolved)
+        resolved = json.loads(checkpoint["resolved"])
+        refuse_changes(resolved, self.resolved)
+        was, now = resolved["parameters"]["training"]["epochs"], self.training["epochs"]
+        if now != was and self.training["schedule"] == "cosine":
+            print(f"Note: the learning rate goes on as the cosine of {now} epochs; it was that of {was}")
         for name, part in self.saved.items():
             part.load_state_dict(checkpoint[name])
         self.state = State(**checkpoint["state"])

@@ -7,6 +7,7 @@ import errno
 import functools
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -30,11 +31,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float3
 
 @contextlib.contextmanager
 def lost_process():
-    """Turns torch's errors of connections, such as to a process that is gone, into one line."""
+    """Turns torch's errors of connections into one line: another process of the job is gone, or what torch says."""
     try:
         yield
     except RuntimeError as error:
-        raise ConnectionError(errno.ECONNRESET, str(error).strip().splitlines()[0], "torchrun") from None
+        is_lost = re.search("closed by peer|reset by peer|Broken pipe|[Tt]imed out|Timeout", str(error))
+        reason = "another process of the job is gone" if is_lost else str(error).strip().splitlines()[0]
+        raise ConnectionError(errno.ECONNRESET, reason, "torchrun") from None
 
 
 @dataclass(frozen=True)
