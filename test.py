@@ -23,19 +23,21 @@ from pathlib import Path
 import torch
 
 from experiment import metrics, plots
-from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, to_float, whole_small
-from experiment.evaluation import Evaluation, evaluate, full_size, joined, make_pipelines, open_restore
+from experiment.data import ImageTree, Transform, batches, epoch_batches, small_batches, whole_small
+from experiment.evaluation import (
+    Evaluation,
+    ask,
+    draw_sheet,
+    evaluate,
+    full_size,
+    images_at,
+    joined,
+    make_pipelines,
+    open_restore,
+)
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
-from experiment.runtime import (
-    Stopper,
-    agreed_to_stop,
-    new_run_folder,
-    out_of_memory_is_one_line,
-    progress_bar,
-    seed_without_tf32,
-    start_runtime,
-)
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import default_weights, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
@@ -75,12 +77,12 @@ def main() -> int:
         runtime = start_runtime(options.precision)
         seed_without_tf32(options.seed)
         side, is_small = t.val_crop_size, arguments.small
+        full_side = side if is_small else None  # what small images are rebuilt to
         transform = whole_small(side) if is_small else Transform(t.resize_size, side)
         dataset = ImageTree(parameters.data.test, transform)
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
-        networks = load_upscalers(
-            weights, parameters.darionet.initial_weights, runtime.device, t.interpolation, t.antialias
-        )
+        start = parameters.darionet.initial_weights
+        networks = load_upscalers(weights, start, runtime.device, t.interpolation, t.antialias)
         classifier = to_device(open_classifier(**section.model_dump()), runtime.device)
         classifier.check(side, "transformations.val_crop_size")
         targets = dataset.targets(classifier.class_names, required=True)
@@ -93,13 +95,12 @@ def main() -> int:
                 raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
             how = str(trained_for(path).get("enlarge", "bilinear"))
             rivals[name] = to_device(adapted, runtime.device), open_restore(how, reduction, runtime.device)
-        pipelines = make_pipelines(classifier, unchanged if is_small else reduction, networks, rivals)
-        small = reduced_length(side, t.scale)
-        if is_small:
-            pipelines = [pipeline for pipeline in pipelines if pipeline.name not in (ORIGINAL, SMALL)]
-        elif classifier.refusal(small, small):
-            pipelines = [pipeline for pipeline in pipelines if pipeline.name != SMALL]
+        small, left_out = reduced_length(side, t.scale), [ORIGINAL, SMALL] if is_small else []
+        if not is_small and classifier.refusal(small, small):
+            left_out = [SMALL]
             print(f"Left out: {SMALL}, since {section.architecture} can't read {small}x{small} pixels")
+        pipelines = make_pipelines(classifier, unchanged if is_small else reduction, networks, rivals)
+        pipelines = [pipeline for pipeline in pipelines if pipeline.name not in left_out]
         if runtime.is_main:
             folder = new_run_folder("test")
             metrics.write_json(folder / "parameters.json", parameters.model_dump())
@@ -122,11 +123,9 @@ def main() -> int:
                 arriving = small_batches(dataset, sum(chosen, []), workers, options.batch_size, small, stopper)
             else:
                 arriving = batches(dataset, chosen, workers, is_cuda, stopper)
-            bar = progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image")
-            with bar, out_of_memory_is_one_line(options.batch_size, "test.batch_size"):
-                full_side = side if is_small else None
+            with progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image") as bar:
                 evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
-            if stopped := agreed_to_stop(runtime, stopper):
+            if stopped := stopper.agree(*runtime.sum_numbers(stopper.requested)):
                 break
         result = joined(runtime.gather(result), [dataset.paths[i] for chosen in lists for i in chosen])
         if not runtime.is_main:
@@ -165,7 +164,7 @@ def main() -> int:
                 plots.f1_difference(classes, folder / "f1_difference.png", ours)
             plots.class_bars(classes, folder / "classes.png", ours=ours)
             try:
-                draw_images(pipelines, dataset, rows, runtime.device, folder, full_side)
+                draw_images(pipelines, dataset, rows, runtime, folder, full_side)
             except UnreadableImage as error:
                 print(f"Figures that show images are left out: {error}")
             figures = {heading: folder / name for heading, name in FIGURES.items()}
@@ -198,37 +197,18 @@ def classifier_settings(choice: str | None) -> list[str]:
     return [f"classifier={json.dumps({'architecture': architecture, 'weights': weights})}"]
 
 
-@torch.no_grad()
 def draw_images(
-    pipelines: list[Pipeline],
-    dataset: ImageTree,
-    rows: list[dict],
-    device: torch.device,
-    folder: Path,
-    side: int | None,
+    pipelines: list[Pipeline], dataset: ImageTree, rows: list[dict], runtime: Runtime, folder: Path, side: int | None
 ) -> None:
     """Writes the figures that show images: some unselected ones, the worst cases, and the stages of the first.
 
-    `side` is as in `evaluate`.
-
-    Raises:
-        UnreadableImage: one of them can't be read any more.
+    Raises UnreadableImage if one of them can't be read any more.
     """
-    classifier, ours = pipelines[-1].classifier, pipelines[-1]
-    labels = dict(zip(classifier.class_names, classifier.labels, strict=True))
+    ours = pipelines[-1]
+    labels = dict(zip(ours.classifier.class_names, ours.classifier.labels, strict=True))
     scored = {(row["image"], row["variant"]): row for row in rows}
 
-    def load(path: str) -> torch.Tensor:
-        image = dataset[dataset.paths.index(path)][1]
-        if isinstance(image, str):  # the reason
-            raise UnreadableImage(f"{path}: {image}")
-        return to_float(image[None], device)
-
-    def run(pipeline: Pipeline, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        small, rebuilt, logits = pipeline(image, side and full_size(image.shape, side))
-        return small[0], rebuilt[0], logits[0]
-
-    def title(path: str, variant: str) -> tuple[str, str]:
+    def verdict(path: str, variant: str) -> tuple[str, str]:
         row = scored[path, variant]  # what the table counts
         text = f"{plots.shorten(labels[row['predicted']], 14)} {row['probability']:.0%}"
         return text, plots.GOOD if row["correct"] else plots.BAD
@@ -236,18 +216,15 @@ def draw_images(
     order = list(dict.fromkeys(row["image"] for row in rows))  # seeded
     for name, chosen in (("triptychs", order[:SHOWN]), ("worst", metrics.worst_cases(rows, SHOWN, ours.name))):
         if chosen:
-            images = [load(path) for path in chosen]
-            columns = {pipeline.name: [run(pipeline, image)[1] for image in images] for pipeline in pipelines}
-            titles = [[title(path, variant) for variant in columns] for path in chosen]
-            if side:
-                columns = {"As it came": [image[0] for image in images]} | columns
-                titles = [[("", plots.PLAIN), *row] for row in titles]
-            plots.image_grid(columns, titles, folder / f"{name}.png")
+            verdicts = {path: [verdict(path, pipeline.name) for pipeline in pipelines] for path in chosen}
+            draw_sheet(pipelines, dataset, verdicts, runtime, folder / f"{name}.png", side)
 
-    small, rebuilt, logits = run(ours, original := load(order[0]))
-    scores = [(best["label"], best["probability"]) for best in classifier.predictions(logits[None], 5)[0]]
-    stages = [("as it came", small)] if side else [("original", original[0]), (f"reduced {ours.reduce}", small)]
-    stages += [(f"{ours.name} x4", ours.restore.network(small[None])[0]), ("Scaler", rebuilt)]
+    (image,) = images_at(dataset, order[:1], runtime.device)
+    small, rebuilt, (best,) = ask(ours, image, runtime, side and full_size(image.shape, side), top=5)
+    stages = [("as it came", small[0])] if side else [("original", image[0]), (f"reduced {ours.reduce}", small[0])]
+    with torch.no_grad():
+        stages += [(f"{ours.name} x4", ours.restore.network(small)[0]), ("Scaler", rebuilt[0])]
+    scores = [(one["label"], one["probability"]) for one in best]
     plots.pipeline_figure(stages, scores, folder / "pipeline.png")
 
 

@@ -19,31 +19,24 @@ row of predictions.csv names it and is otherwise empty; the run that made it had
 all.
 """
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
 
 from experiment import plots
 from experiment.data import ImageTree, photograph, small_batches, to_float, whole_small
-from experiment.evaluation import ask, full_size, output_name, save_images, to_rebuild
+from experiment.evaluation import ask, draw_sheet, full_size, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
-from experiment.runtime import (
-    Runtime,
-    Stopper,
-    new_run_folder,
-    out_of_memory_is_one_line,
-    progress_bar,
-    seed_without_tf32,
-    start_runtime,
-)
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from experiment.sampling import refuse_overlap
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
 from models.images import UnreadableImage, is_flattened, read_image
-from models.pipeline import Enlarge, Pipeline, Size, unchanged
+from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Reduction, reduced_length
 
 FACTORS = (2, 3, 4, 5, 6)  # of the reductions in scales.png
@@ -74,6 +67,7 @@ def main() -> int:
 
     # The networks
     t, side = parameters.transformations, parameters.transformations.val_crop_size
+    reduction = Reduction(t.scale, t.interpolation, t.antialias)
     weights = arguments.weights or [parameters.darionet.weights]
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
@@ -94,37 +88,33 @@ def main() -> int:
             notes = [other_size(weights[-1], min(image.shape[-2:]), side)]
         else:
             image = photograph(path, t.resize_size, side)
-            notes = [other_input(one, Reduction(t.scale, t.interpolation, t.antialias)) for one in weights]
+            notes = [other_input(one, reduction) for one in weights]
     except UnreadableImage as error:
         raise InputError(f"{path}: {error}") from None
-    print(*(f"{note}\n" for note in notes if note), sep="", end="")
+    for note in filter(None, notes):
+        print(note)
     folder = run_folder(path, parameters)
-    images, panels, predictions = to_float(image[None], runtime.device), [], []
-
-    def panel(pipeline: Pipeline, title: str, size: Size | None = None) -> None:
-        """Adds what a row makes of the image to the figure and to the predictions; ours is saved."""
-        small, rebuilt, ((best,),) = ask(pipeline, images, runtime, size)
-        panels.append((title, rebuilt[0], f"{plots.shorten(best['label'], 28)} {best['probability']:.1%}"))
-        predictions.append({"of": title, **best})
-        if target and pipeline.name == rows[-1].name and (is_small or pipeline.reduce is not unchanged):
-            save_images(rebuilt, [target], overwrite=True)
-
+    images = to_float(image[None], runtime.device)
     if is_small:
-        for row in rows:
-            panel(row, row.name, full_size(images.shape, side))
-        first = (f"as it came, {images.shape[-1]} x {images.shape[-2]} px", images[0], "")
-        plots.panels([first, *panels], 4, folder / "small.png")
+        asked, saved = {row.name: row for row in rows}, rows[-1]
     else:
-        reduction = Reduction(t.scale, t.interpolation, t.antialias)
         draw_scales(images, rows, reduction, runtime, folder / "scales.png")
         order = [rows[0], *rows[:0:-1]]
-        for row in order:
-            reduced = Pipeline(row.name, classifier, reduction, row.restore)
-            panel(reduced, f"x{t.scale}, {row.name}")
-        panel(rows[0], "original")
-        for row in order[1:]:
-            panel(row, f"original rebuilt at x4, {row.name}")
-        plots.panels(panels, len(rows), folder / "classification.png")
+        reduced = [Pipeline(row.name, classifier, reduction, row.restore) for row in order]
+        asked, saved = {f"x{t.scale}, {row.name}": row for row in reduced}, reduced[1]
+        asked |= {"original": Pipeline("original", classifier, unchanged, unchanged)}
+        asked |= {f"original rebuilt at x4, {row.name}": row for row in order[1:]}
+    panels, predictions = [], []
+    for title, pipeline in asked.items():
+        _, rebuilt, ((best,),) = ask(pipeline, images, runtime, full_size(images.shape, side))
+        panels.append((title, rebuilt[0], f"{plots.shorten(best['label'], 28)} {best['probability']:.1%}"))
+        predictions.append({"of": title, **best})
+        if target and pipeline is saved:
+            save_images(rebuilt, [target], overwrite=True)
+    if is_small:
+        panels.insert(0, (f"as it came, {images.shape[-1]} x {images.shape[-2]} px", images[0], ""))
+    figure = folder / ("small.png" if is_small else "classification.png")
+    plots.panels(panels, 4 if is_small else len(rows), figure)
 
     file = {"file": str(target)} if target else {}
     write_json(folder / "predictions.json", {"image": str(path), **file, "predictions": predictions})
@@ -135,7 +125,7 @@ def main() -> int:
         flattened = ", its first frame, on white" if is_flattened(path) else ""
         print(f"The rebuilt image: {target}{flattened}")
     print(folder)
-    plots.show_window(folder / ("small.png" if is_small else "classification.png"))
+    plots.show_window(figure)
     return 0
 
 
@@ -156,23 +146,6 @@ def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Run
         title = f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px"
         lines.append((title, [images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)]))
     plots.scales(lines, ["original", "small", "bilinear", *(row.name for row in rows[1:])], path)
-
-
-def draw_sheet(
-    dataset: ImageTree, places: list[int], rows: list[Pipeline], runtime: Runtime, side: int, path: Path
-) -> None:
-    """Some small images, what the rows rebuild of them, and what is read there."""
-    columns, titles = {"As it came": [], **{row.name: [] for row in rows}}, []
-    for image in (dataset[i][1] for i in places):
-        if isinstance(image, str):  # it can't be read any more
-            return
-        images = to_float(image[None], runtime.device)
-        found = [ask(row, images, runtime, full_size(images.shape, side)) for row in rows]
-        for column, shown in zip(columns.values(), [images, *(rebuilt for _, rebuilt, _ in found)], strict=True):
-            column.append(shown[0])
-        verdicts = [f"{plots.shorten(best['label'], 16)} {best['probability']:.0%}" for _, _, ((best,),) in found]
-        titles.append([("", plots.PLAIN), *((verdict, plots.PLAIN) for verdict in verdicts)])
-    plots.image_grid(columns, titles, path)
 
 
 def read_folder(
@@ -199,28 +172,24 @@ def read_folder(
         chosen = to_rebuild([path / name for name in names], targets, overwrite)
     folder = run_folder(path, parameters)
     rows = rows[::-1]  # ours first
-    blank = dict.fromkeys(["image", *(["file"] if out else []), "width", "height"])
-    blank |= dict.fromkeys(f"{row.name.lower()}_{key}" for row in rows for key in COLUMNS)
-
-    def line_of(i: int) -> dict:
-        return blank | {"image": names[i]} | ({"file": str(targets[i])} if out else {})
-
-    lines, unreadable = {i: line_of(i) for i in {*range(len(names))} - {*chosen}}, {}
+    blank = dict.fromkeys(["width", "height", *(f"{row.name.lower()}_{key}" for row in rows for key in COLUMNS)])
+    first = [{"image": name} | ({"file": str(targets[i])} if out else {}) for i, name in enumerate(names)]
+    lines, unreadable = {i: first[i] | blank for i in {*range(len(names))} - {*chosen}}, {}
     if before := len(lines):
         print(f"{before} of {len(names)} images were rebuilt before, in {out}, and stay; --overwrite rebuilds them")
 
     small_side = reduced_length(side, t.scale)  # so a batch takes the memory of one of test.py
     arriving = small_batches(dataset, chosen, parameters.data.workers, batch_size, small_side, stopper)
-    bar = progress_bar(len(chosen), "reading", unit="image")
     try:
-        with bar, out_of_memory_is_one_line(batch_size, "test.batch_size"):
+        with progress_bar(len(chosen), "reading", unit="image") as bar:
             for batch in arriving:
                 if stopper.requested:
                     break
                 unreadable |= dict(batch.unreadable)
                 if places := batch.indices.tolist():
                     images = to_float(batch.images, runtime.device)
-                    new = [line_of(i) | {"width": images.shape[-1], "height": images.shape[-2]} for i in places]
+                    size = {"width": images.shape[-1], "height": images.shape[-2]}
+                    new = [first[i] | blank | size for i in places]
                     for row in rows:
                         _, rebuilt, predictions = ask(row, images, runtime, full_size(images.shape, side))
                         for line, (best,) in zip(new, predictions, strict=True):
@@ -245,13 +214,20 @@ def read_folder(
         goes_on = "; the same command goes on" if out else ""
         print(f"Stopped: {count + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")
     if count:
-        read = {i: line for i, line in sorted(lines.items()) if line["width"]}
-        changed = sum(line[f"{rows[0].name.lower()}_class"] != line["bilinear_class"] for line in read.values())
-        sure = (sum(line[f"{row.name.lower()}_probability"] for line in read.values()) / count for row in rows)
+        read = [line for _, line in sorted(lines.items()) if line["width"]]
+        changed = sum(line[f"{rows[0].name.lower()}_class"] != line["bilinear_class"] for line in read)
+        sure = (sum(line[f"{row.name.lower()}_probability"] for line in read) / count for row in rows)
         means = ", ".join(f"{p:.2f} for {row.name}" for row, p in zip(rows, sure, strict=True))
         print(f"{rows[0].name} changes {changed} of {count} decisions on bilinear images; mean probability {means}")
-        draw_sheet(dataset, list(read)[:: -(-count // SHOWN)], rows[::-1], runtime, side, folder / "small.png")
-        sides = sorted(min(line["width"], line["height"]) for line in read.values())
+
+        def verdict(line: dict, row: str) -> tuple[str, str]:
+            return f"{plots.shorten(line[f'{row}_label'], 16)} {line[f'{row}_probability']:.0%}", plots.PLAIN
+
+        shown = read[:: -(-count // SHOWN)]
+        verdicts = {line["image"]: [verdict(line, row.name.lower()) for row in rows[::-1]] for line in shown}
+        with contextlib.suppress(UnreadableImage):  # one went away
+            draw_sheet(rows[::-1], dataset, verdicts, runtime, folder / "small.png", side)
+        sides = sorted(min(line["width"], line["height"]) for line in read)
         if note := other_size(weights[-1], sides[len(sides) // 2], side):
             print(note)
     print(folder)

@@ -29,8 +29,7 @@ from models.scaler import size_of_shorter_side
 
 READ_AT_ONCE = 16  # small images that a worker reads before it hands them over
 WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
-LARGEST_SMALL = 1.5  # times the crop: an image that is larger is not small
-SMALLEST_LARGE = 0.5  # times the crop: an image that is smaller is no original
+LARGEST_SMALL, SMALLEST_LARGE = 1.5, 0.5  # times the crop: larger images are not small, smaller ones no originals
 LONGEST = 8  # sides; only the middle of a longer strip is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees
@@ -59,13 +58,13 @@ class Transform(NamedTuple):
             image = image.crop((left, top, left + width, top + height))
         image = image.resize(size_of_shorter_side(*image.size, self.resize), Image.Resampling.BILINEAR)
         top, left = (image.height - self.crop) // 2, (image.width - self.crop) // 2
-        flips = (False, False)
+        across = down = 1  # -1 for a flip
         if self.epoch is not None:
             rng = random.Random(f"{self.seed}/{self.epoch}/{index}")
             top, left = rng.randint(0, image.height - self.crop), rng.randint(0, image.width - self.crop)
-            flips = rng.random() < self.horizontal_flip, rng.random() < self.vertical_flip
-        pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
-        pixels = pixels[:: -1 if flips[1] else 1, :: -1 if flips[0] else 1]
+            across = -1 if rng.random() < self.horizontal_flip else 1
+            down = -1 if rng.random() < self.vertical_flip else 1
+        pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))[::down, ::across]
         return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
@@ -146,25 +145,22 @@ class ImageTree(Dataset):
     def targets(self, class_names: list[str], required: bool = False) -> list[int]:
         """The classifier's index of every image's class, by the name of its folder; NO_LABEL without class folders.
 
-        Names are compared in NFC: some systems take letters and their accents apart. A folder that the classifier
-        does not know is refused, as are images beside the folders, and no folders at all if labels are `required`.
+        Names are compared in NFC: some systems take letters and their accents apart. Raises InputError if a class is
+        unknown, if images lie beside the folders, or if there are no folders although labels are `required`.
         """
         indices = {unicodedata.normalize("NFC", name): i for i, name in enumerate(class_names)}
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
         if not any(folders):
             if required:
-                remedy = "try_darionet.py --small reads small images without labels"
-                raise InputError(f"{self.root}: no class folders, so there is no accuracy to measure; {remedy}")
+                raise InputError(f"{self.root}: no class folders to measure with; try_darionet.py --small needs none")
             return [NO_LABEL] * len(self)
         unknown = sorted(set(folders) - set(indices))
         if "" in unknown:
             raise InputError(f"{self.root}: {self.paths[folders.index('')]} lies beside the class folders, not in one")
         if unknown:
             shown = ", ".join(unknown[:10]) + ", ..." * (len(unknown) > 10)
-            raise InputError(
-                f"{self.root}: the classifier has no class named {shown}; it knows {len(class_names)}, "
-                f"such as {', '.join(class_names[:3])}: rename the folders to its names"
-            )
+            known = f"it knows {len(class_names)}, such as {', '.join(class_names[:3])}: rename the folders"
+            raise InputError(f"{self.root}: the classifier has no class named {shown}; {known}")
         return [indices[folder] for folder in folders]
 
 
@@ -228,10 +224,8 @@ def batches(
         end()
         with contextlib.redirect_stderr(None):  # torch complains of an iterator that it could not start
             error.__traceback__ = None
-        raise OneProcessError(
-            f"{workers} processes that read images: {reason}: lower data.workers, or raise what limits memory, "
-            "processes (ulimit -u) or open files (ulimit -n)"
-        ) from None
+        remedy = "lower data.workers, or raise the limit of memory, processes (ulimit -u) or open files (ulimit -n)"
+        raise OneProcessError(f"{workers} processes that read images: {reason}: {remedy}") from None
     finally:
         end()
         atexit.unregister(end)
@@ -252,15 +246,15 @@ def pack(samples: list[tuple[int, Tensor | str]]) -> list[tuple[np.ndarray, list
 
     Arrays go through a pipe, tensors would go through shared memory, of which a container has 64 MB.
     """
-    sizes: dict[tuple, tuple] = {}
+    sizes: dict[tuple, list] = {}
+    unreadable = [(index, reason) for index, reason in samples if isinstance(reason, str)]
     for index, image in samples:
         if isinstance(image, Tensor):
-            images, indices = sizes.setdefault(tuple(image.shape), ([], []))
-            images.append(image.numpy())
-            indices.append(index)
-    parts = [(np.stack(images), indices, []) for images, indices in sizes.values()]
-    parts = parts or [(np.empty((0, 3, 0, 0), np.uint8), [], [])]
-    parts[0][2].extend((index, reason) for index, reason in samples if isinstance(reason, str))
+            sizes.setdefault(tuple(image.shape), []).append((index, image.numpy()))
+    if not sizes:
+        return [(np.empty((0, 3, 0, 0), np.uint8), [], unreadable)]
+    parts = [(np.stack([image for _, image in own]), [index for index, _ in own], []) for own in sizes.values()]
+    parts[0][2].extend(unreadable)
     return parts
 
 
@@ -281,15 +275,14 @@ def batches_of_one_size(arriving: Iterable[Batch], full: Callable[[int, int], in
     groups: dict[tuple[int, int], Batch] = {}
 
     def pixels(size: tuple[int, int]) -> int:
-        return len(groups[size].images) * size[0] * size[1]
+        return groups[size].images[:, 0].numel()
 
     for batch in arriving:
         if not len(batch.images):  # none of them could be read
             yield batch
             continue
         size = tuple(batch.images.shape[-2:])
-        if size in groups:
-            before = groups.pop(size)
+        if before := groups.pop(size, None):
             images, indices = (torch.cat(pair) for pair in zip(before[:2], batch[:2], strict=True))
             batch = Batch(images, indices, before.unreadable + batch.unreadable)
         many = full(*size)

@@ -41,9 +41,8 @@ def compare(
 ) -> Compared:
     """Rebuilds `small`, (N,3,h,w) in [0,1], and has the teachers look at originals and rebuilt images.
 
-    Args:
-        readers: look at the rebuilt images in the teachers' place.
-        clamp_gradient: False lets gradients of pixels outside [0,1] pass the clamp: such pixels are called back.
+    `readers` look at the rebuilt images in the teachers' place. Without `clamp_gradient` gradients of pixels outside
+    [0,1] pass the clamp: such pixels are called back.
     """
     unclamped = restore(small, tuple(images.shape[-2:]))
     rebuilt = unclamped.clamp(0, 1)
@@ -89,12 +88,7 @@ def maps(compared: Compared) -> Tensor:
 
 
 # A new term is a function here and a weight in training.loss.
-TERMS: dict[str, Callable[[Compared], Tensor]] = {
-    "logits": logits,
-    "pixels": pixels,
-    "features": features,
-    "maps": maps,
-}
+TERMS = {"logits": logits, "pixels": pixels, "features": features, "maps": maps}
 
 
 @dataclass
@@ -144,9 +138,9 @@ def learning_rate_at(step: int, total: int, base: float, schedule: str, warmup: 
 
 @torch.no_grad()
 def ema_update(average: nn.Module, network: nn.Module, decay: float, updates: int) -> None:
-    """Moves averaged weights towards the trained ones, in place.
+    """Moves averaged weights towards the trained ones, in place; the first ones are soon forgotten.
 
-    The decay starts low, min(decay, (1 + n) / (10 + n)) after n updates, so that the first weights are soon forgotten.
+    The decay is min(decay, (1 + n) / (10 + n)) after n updates.
     """
     weight = 1 - min(decay, (1 + updates) / (10 + updates))
     torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), weight)
@@ -161,13 +155,10 @@ def validate(
     stopper: Stopper,
     bar: tqdm,
 ) -> dict[str, float | int | None] | None:
-    """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None where a signal asked to stop.
+    """Mean loss, PSNR in dB, accuracy and agreement (same class as on the original); None if a signal asked to stop.
 
-    `loss` takes images, (N,3,H,W) in [0,1], and gives logits too. Accuracy is None without labels. Under torchrun the
-    loader has this process's part; the scores are those of all.
-
-    Raises:
-        InputError: none of the images could be read, or scores that are not finite.
+    `loss` takes images, (N,3,H,W) in [0,1], and gives logits too. Accuracy is None without labels. The loader has this
+    process's part; the scores are those of all. Raises InputError if no image could be read or scores are not finite.
     """
     count = right = labelled = agreeing = unreadable = 0
     total = psnr = 0.0
@@ -192,8 +183,7 @@ def validate(
             break
     sums = (count, total, psnr, right, labelled, agreeing, unreadable, stopper.requested)
     count, total, psnr, right, labelled, agreeing, unreadable, stops = runtime.sum_numbers(*sums)
-    if stops:
-        stopper.stop_with_others()
+    if stopper.agree(stops):
         return None
     if not count:
         raise InputError("none of the validation images could be read; check data.val")

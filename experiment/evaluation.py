@@ -7,28 +7,29 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from experiment import plots
 from experiment.data import Batch, ImageTree, to_float
 from experiment.distillation import psnr_db
-from experiment.metrics import BASELINE, ORIGINAL, SMALL, WINDOW, require_finite, ssim
+from experiment.metrics import BASELINE, ORIGINAL, OURS, SMALL, WINDOW, require_finite, ssim
 from experiment.runtime import Runtime, Stopper
 from experiment.sampling import ENDINGS, ending
 from models.classifier import FrozenClassifier
 from models.darionet import load_rrdbnet
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
-from models.images import to_image
+from models.images import UnreadableImage, to_image
 from models.pipeline import Enlarge, Pipeline, Size, Upscale, unchanged
 from models.scaler import INTERPOLATIONS, Reduction
 from models.weights import published_file
 
 LONGEST_NAME = 255  # bytes of a file's name
+SAMPLES = 6  # images in the strip of an epoch
 
 
 @dataclass
@@ -45,28 +46,26 @@ def make_pipelines(
     classifier: FrozenClassifier,
     reduction: Callable[[Tensor], Tensor],
     networks: dict[str, Upscale],
-    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] = MappingProxyType({}),
+    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] | None = None,
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
 
-    `rivals` are classifiers that were adapted to small images, by the names of their rows, and how theirs are enlarged.
+    `rivals`: by the name of its row, a classifier that was adapted to small images, and how they are enlarged for it.
     """
     return [
         Pipeline(ORIGINAL, classifier, unchanged, unchanged),
         Pipeline(SMALL, classifier, reduction, unchanged),
         Pipeline(BASELINE, classifier, reduction, Enlarge("bilinear")),
         Pipeline("Bicubic", classifier, reduction, Enlarge("bicubic")),
-        *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in rivals.items()),
+        *(Pipeline(name, adapted, reduction, restore) for name, (adapted, restore) in (rivals or {}).items()),
         *(Pipeline(name, classifier, reduction, restore) for name, restore in networks.items()),
     ]
 
 
 def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
-    """What enlarges the small images that an adapted classifier reads: `how` is an interpolation, or an upscaler's
-    weights, a file or a name that models.weights.URLS lists.
+    """What enlarges the small images that an adapted classifier reads.
 
-    Raises:
-        InputError: `how` is neither an interpolation nor the weights of an RRDBNet x4.
+    `how` is an interpolation or an upscaler's weights, a file or a name in models.weights.URLS; else raises InputError.
     """
     if how in INTERPOLATIONS:
         return Enlarge(how)
@@ -85,8 +84,7 @@ def ask(
 ) -> tuple[Tensor, Tensor, list[list[dict]]]:
     """(N,3,H,W) in [0,1] -> the small and the rebuilt images, and the `top` predictions of each.
 
-    Raises:
-        InputError: scores that are not finite.
+    Raises InputError if scores are not finite.
     """
     with runtime.autocast():
         small, rebuilt, logits = pipeline(images, size)
@@ -110,17 +108,13 @@ def evaluate(
     """Adds the images that arrive to `result`; returns between two batches if a signal asked to stop.
 
     `side` is the shorter side, in pixels, that images which are small already are rebuilt to. They have no original, so
-    no PSNR, no SSIM and no agreement with it.
-
-    Raises:
-        InputError: scores that are not finite.
+    no PSNR, no SSIM and no agreement with it. Raises InputError if scores are not finite.
     """
     for batch in arriving:
         result.unreadable.update({dataset.paths[index]: reason for index, reason in batch.unreadable})
         places = batch.indices.tolist()
-        images = to_float(batch.images, runtime.device)
+        images, original = to_float(batch.images, runtime.device), None
         target = torch.tensor([targets[i] for i in places], device=runtime.device)
-        original = None
         for pipeline in pipelines if places else ():
             name, class_names = pipeline.name, pipeline.classifier.class_names
             size = None if side is None else full_size(images.shape, side)
@@ -179,6 +173,53 @@ def score(
     return [dict(zip(columns, values, strict=True)) for values in zip(*lists, strict=True)]
 
 
+def images_at(dataset: ImageTree, paths: list[str], device: torch.device) -> list[Tensor]:
+    """Some images of a folder, each (1,3,H,W) in [0,1]. Raises UnreadableImage if one can't be read any more."""
+    images = [dataset[dataset.paths.index(path)][1] for path in paths]
+    for path, image in zip(paths, images, strict=True):
+        if isinstance(image, str):  # the reason
+            raise UnreadableImage(f"{path}: {image}")
+    return [to_float(image[None], device) for image in images]
+
+
+def draw_sheet(
+    pipelines: list[Pipeline],
+    dataset: ImageTree,
+    verdicts: dict[str, list[tuple[str, str]]],
+    runtime: Runtime,
+    path: Path,
+    side: int | None,
+) -> None:
+    """Writes a figure: a row per image, a column per pipeline with what it rebuilds of it.
+
+    `verdicts` has the paths of the images, and a (text, colour) per pipeline. `side` is as in `evaluate`: if the images
+    are small already, a first column has them as they are. Raises UnreadableImage as `images_at`.
+    """
+    images = images_at(dataset, list(verdicts), runtime.device)
+    columns = {} if side is None else {"As it came": [image[0] for image in images]}
+    for pipeline in pipelines:
+        asked = [ask(pipeline, image, runtime, side and full_size(image.shape, side)) for image in images]
+        columns[pipeline.name] = [rebuilt[0] for _, rebuilt, _ in asked]
+    blank = [] if side is None else [("", plots.PLAIN)]
+    plots.image_grid(columns, [[*blank, *row] for row in verdicts.values()], path)
+
+
+@torch.no_grad()
+def draw_samples(
+    dataset: ImageTree, reduction: Reduction, restore: Enlarge | Upscale, runtime: Runtime, path: Path
+) -> None:
+    """Writes a figure of images from all over a folder: original, small, bilinear, DarioNet."""
+    spread = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
+    images = [image for _, image in map(dataset.__getitem__, spread) if isinstance(image, Tensor)][:SAMPLES]
+    if images:
+        originals = to_float(torch.stack(images), runtime.device)
+        size = originals.shape[-2:]
+        with runtime.autocast():
+            small = reduction(originals)
+            bilinear, rebuilt = Enlarge("bilinear")(small, size), restore(small, size)
+        plots.image_grid({"original": originals, "small": small, BASELINE: bilinear, OURS: rebuilt}, None, path)
+
+
 def output_name(name: str) -> str:
     """The path below OUT of what is rebuilt from the image `name`: different for every name.
 
@@ -195,8 +236,7 @@ def output_name(name: str) -> str:
 def to_rebuild(sources: list[Path], targets: list[Path], overwrite: bool) -> list[int]:
     """Places of the images whose target does not exist yet; of all with `overwrite`. Folders are made.
 
-    Raises:
-        InputError: one of these targets can't be written, or is the image itself.
+    Raises InputError if one of these targets can't be written, or is the image itself.
     """
     chosen = [i for i, target in enumerate(targets) if overwrite or not os.path.isfile(target)]
     existing = [i for i in chosen if os.path.lexists(targets[i])]
@@ -215,11 +255,7 @@ def save_images(rebuilt: Tensor, targets: list[Path], overwrite: bool) -> None:
 
 
 def save_image(rebuilt: Tensor, target: Path, overwrite: bool) -> None:
-    """Writes (3,H,W) in [0,1] as a PNG of 8 bits, rounded.
-
-    Raises:
-        InputError: the file exists since `to_rebuild` looked.
-    """
+    """Writes (3,H,W) in [0,1] as a PNG of 8 bits, rounded; InputError if the file exists since `to_rebuild` looked."""
     if not overwrite and os.path.isfile(target):  # or the file system does not tell A from a
         raise InputError(f"{target}: exists since this run started; change --save")
     image = to_image(rebuilt)  # level 1: a quarter of the time of Pillow's default, a tenth more bytes

@@ -34,11 +34,7 @@ COLUMNS = (  # of the table: heading, format, keys of a variant
 
 
 def require_finite(logits: Tensor, what: str) -> None:
-    """Called before a class is read off the scores: argmax makes class 0 of scores that are not finite.
-
-    Raises:
-        InputError: not all of the scores on `what`, such as "DarioNet's images", are finite.
-    """
+    """Raises InputError if scores on `what` are not finite: read as a class by argmax, they would be class 0."""
     if not torch.isfinite(logits).all():
         raise InputError(f"the scores on {what} are not finite: its weights are damaged")
 
@@ -80,9 +76,8 @@ def summarise(rows: list[dict], seconds: dict[str, float], timed: dict[str, int]
         figures |= {"accuracy": accuracy[name], "accuracy_low": low, "accuracy_high": high}
         recovered, drawn = recovered_draws(name, accuracy, draws)
         low, high = (None, None) if drawn is None else interval(drawn)
-        figures |= {"recovered": recovered, "recovered_low": low, "recovered_high": high}
-        speed = timed[name] / max(seconds[name], 1e-9)
-        table.append(figures | {"seconds": seconds[name], "images_per_second": speed})
+        figures |= {"recovered": recovered, "recovered_low": low, "recovered_high": high, "seconds": seconds[name]}
+        table.append(figures | {"images_per_second": timed[name] / max(seconds[name], 1e-9)})
     return table
 
 
@@ -111,14 +106,13 @@ def recovered_draws(
     """(variant - bilinear) / (original - bilinear), and the same of every draw; None if bilinear loses nothing."""
     if name in (ORIGINAL, BASELINE, SMALL) or not {ORIGINAL, BASELINE} <= accuracy.keys():
         return None, None
-    lost = accuracy[ORIGINAL] - accuracy[BASELINE]
+    lost, lost_draws = (values[ORIGINAL] - values[BASELINE] for values in (accuracy, draws))
     if lost <= 0:
         return None, None
-    fraction = (accuracy[name] - accuracy[BASELINE]) / lost
-    lost_draws = draws[ORIGINAL] - draws[BASELINE]
+    regained, regained_draws = (values[name] - values[BASELINE] for values in (accuracy, draws))
     if (lost_draws <= 0).any():  # the loss may be nothing: its ratio has no interval
-        return fraction, None
-    return fraction, (draws[name] - draws[BASELINE]) / lost_draws
+        return regained / lost, None
+    return regained / lost, regained_draws / lost_draws
 
 
 def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:
@@ -155,10 +149,10 @@ def decisions(rows: list[dict], ours: str = OURS) -> list[dict]:
     classes = {row["image"]: row["class"] for row in rows}
     table = []
     for image, right in right_or_wrong(rows).items():
-        before, after = right[BASELINE], right[ours]
-        original = {"original": right[ORIGINAL]} if ORIGINAL in right else {}
-        row = {"image": image, "class": classes[image], **original, "bilinear": before}
-        table.append(row | {"darionet": after, "decision": names[before, after]})
+        row = {"image": image, "class": classes[image]}
+        row |= {"original": right[ORIGINAL]} if ORIGINAL in right else {}
+        row |= {"bilinear": right[BASELINE], "darionet": right[ours]}
+        table.append(row | {"decision": names[right[BASELINE], right[ours]]})
     return table
 
 
@@ -185,10 +179,7 @@ def per_class(rows: list[dict], class_names: list[str], labels: list[str]) -> li
 
 
 def table_cells(variants: list[dict]) -> list[list[str]]:
-    """The results table as text: the headings, then one row per variant, a dash for what has no value.
-
-    What no variant has is left out, such as the PSNR of images that have no original.
-    """
+    """The results table as text: headings, then a row per variant, a dash for no value; without columns of dashes."""
 
     def cell(form: str, *values: float | str | None) -> str:
         return "–" if None in values else " to ".join(format(value, form) for value in values)

@@ -18,10 +18,9 @@ SHIPPED = Path(__file__).parents[1] / "examples/photographs/parameters.json"
 
 
 def expand_home(text: str) -> str:
-    """`text` with a home folder for the ~ or ~user that it begins with."""
     path = os.path.expanduser(text)
     if path.startswith("~"):
-        raise ValueError(f"{printable(path)}: no such home folder; write ./{printable(path)} if that is the name")
+        raise ValueError(f"{printable(path)}: no such home folder")
     return path
 
 
@@ -37,9 +36,8 @@ Quality = Annotated[int, Field(ge=1, le=95)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
-Text = Annotated[
-    str, StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$"), AfterValidator(expand_home)
-]
+Characters = StringConstraints(min_length=1, max_length=1000, pattern=r"^[^\x00]+$")
+Text = Annotated[str, Characters, AfterValidator(expand_home)]
 Interpolation = Literal["bilinear", "bicubic", "nearest"]
 Precision = Literal["auto", "bf16", "fp16", "float32"]
 
@@ -205,8 +203,7 @@ def real_folders(root: str) -> set[str]:
 def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameters:
     """The parameters of a JSON file, with `settings` such as "training.epochs=1" on top.
 
-    Raises:
-        InputError: one line with the file, the key, what was found and what is allowed.
+    Raises InputError: one line with the file, the key, what was found and what is allowed.
     """
     try:
         contents = Path(path).read_bytes()  # json finds out which UTF it is, with or without a byte order mark
@@ -221,16 +218,14 @@ def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameter
         raise InputError(f"{path}: classifier is a list: the first stays, the others go to training.more_teachers")
     for setting in settings:
         override(values, setting)
-    faults = faults_of(values)
-    if faults:
+    if faults := faults_of(values):
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         raise InputError(f"{path}: {describe(faults[0])}{more}")
     return Parameters.model_validate(values)
 
 
 def parameters_or_shipped(path: str | None, settings: Sequence[str], weights: Sequence[str] | None) -> Parameters:
-    """The parameters; those of the shipped network if neither a file nor weights are named and the default's weights
-    do not exist."""
+    """The parameters; those of the shipped network if neither a file nor weights are named, and there are none yet."""
     parameters = read_parameters(path or "parameters.json", settings)
     if path is None and not weights and not os.path.isfile(parameters.darionet.weights) and SHIPPED.is_file():
         shipped = read_parameters(SHIPPED, settings)

@@ -25,7 +25,8 @@ STYLE = {
     **{"axes.axisbelow": True, "figure.dpi": 100, "savefig.dpi": 150, "text.usetex": False},
     "text.parse_math": False,  # names of classes and files are shown as they are: "$" begins no formula
 }
-A4, MARGIN = (8.27, 11.69), 0.7  # inches
+A4, MARGIN = (8.27, 11.69), 0.08  # inches; of the width
+LINE, LINES = 94, 66  # characters of a line, lines of a page
 
 
 @contextlib.contextmanager
@@ -46,10 +47,7 @@ def styled(**style) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def drawing(path: Path, rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], style=None, **options):
-    """A figure and its axes, as pyplot's subplots; the end of the block writes them to `path`, a PNG, atomically.
-
-    No window and no backend is behind it: a run must not end because a screen does.
-    """
+    """A figure and its axes, as pyplot's subplots, without a window; the end of the block writes a PNG, atomically."""
     with styled(**style or {}):
         from matplotlib.figure import Figure
 
@@ -122,8 +120,7 @@ def image_grid(
     path: Path,
     notes: list[str] | None = None,
 ) -> None:
-    """Rows of images under named columns; `titles` may add a (text, colour) above every image, row by row, and
-    `notes` a line under each row."""
+    """Rows of images under named columns. `titles` has a (text, colour) for above every image, `notes` one per row."""
     rows = len(next(iter(columns.values())))
     size = 1.9 * len(columns), (2.15 + 0.2 * bool(notes) if titles else 1.95) * rows
     with drawing(path, rows, len(columns), figsize=size, squeeze=False) as (figure, axes):
@@ -164,13 +161,9 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
 
 
 def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path) -> None:
-    """What is left of an image at several scales: a row of images per scale, named at its left."""
-    size, at = (2.2 * len(headings), 2.2 * len(rows)), {"xycoords": "axes fraction", "va": "center", "ha": "right"}
-    with drawing(path, len(rows), len(headings), figsize=size, squeeze=False) as (_, axes):
-        for r, (name, images) in enumerate(rows):
-            for c, image in enumerate(images):
-                show_image(axes[r, c], image, headings[c] if r == 0 else "")
-            axes[r, 0].annotate(legible(name), (-0.06, 0.5), rotation=90, **at)
+    """What is left of an image at several scales: a row of images per scale, named under it."""
+    columns = {heading: [images[c] for _, images in rows] for c, heading in enumerate(headings)}
+    image_grid(columns, None, path, [name for name, _ in rows])
 
 
 def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> None:
@@ -292,57 +285,42 @@ def pipeline_figure(stages: list[tuple[str, Tensor]], scores: list[tuple[str, fl
 
 
 def report(title: str, text: str, parameters: dict, figures: list[tuple[str, Path]], path: Path) -> None:
-    """A PDF of A4 pages: title, text, figures (a heading and a PNG file each) one below the other, the parameters."""
-    pages, top, width, left = [], A4[1], A4[0] - 2 * MARGIN, MARGIN / A4[0]
-
-    def make_room(height: float) -> float:
-        """Where so many inches are free: their upper end, on the last page or a new one."""
-        nonlocal top
-        if top + height > A4[1] - MARGIN:
-            pages.append(Figure(figsize=A4))
-            top = MARGIN
-        top += height
-        return 1 - (top - height) / A4[1]
-
-    def write(line: str, size: float, **style) -> None:
-        characters = int(width * 72 / (0.61 * size))  # as wide as a monospaced one
-        for piece in textwrap.wrap(legible(line), characters, subsequent_indent="    ") or [""]:
-            y = make_room(size * 1.6 / 72)
-            pages[-1].text(left, y, piece, fontsize=size, va="top", **style)
-
-    def save(file) -> None:
-        with PdfPages(file) as pdf:
-            for page in pages:
-                pdf.savefig(page, dpi=100)
-
+    """A PDF of A4 pages: title and text, every figure (a heading and a PNG file) on its own page, the parameters."""
     with styled() as fonts:
         from matplotlib.backends.backend_pdf import PdfPages
         from matplotlib.figure import Figure
 
-        write(title, 20, fontweight="bold")
-        for line in text.splitlines():
-            write(line, 9)
+        def pages_of(heading: str, body: str) -> Iterator[Figure]:
+            wrapped = (textwrap.wrap(legible(line), LINE, subsequent_indent="    ") for line in body.split("\n"))
+            lines = [piece for pieces in wrapped for piece in pieces or [""]]
+            for first in range(0, len(lines), LINES):
+                page = Figure(figsize=A4)
+                page.text(MARGIN, 0.95, legible(heading), fontsize=14, fontweight="bold", va="top")
+                for n, line in enumerate(lines[first : first + LINES]):
+                    page.text(MARGIN, 0.92 - 0.013 * n, line, fontsize=8, va="top", family=["DejaVu Sans Mono", *fonts])
+                yield page
+
+        pages = [*pages_of(title, text)]
         for heading, png in figures:
+            pages += pages_of(heading, "")
             pixels = np.asarray(Image.open(png))
-            shown = min(width, width * pixels.shape[1] / 1100)  # a narrow figure is not blown up
-            tall = shown * pixels.shape[0] / pixels.shape[1]
-            y = make_room(tall + 0.5)
-            pages[-1].text(left, y - 0.15 / A4[1], legible(heading), fontsize=12, fontweight="bold", va="top")
-            axes = pages[-1].add_axes((left, y - (tall + 0.45) / A4[1], shown / A4[0], tall / A4[1]))
+            width = (1 - 2 * MARGIN) * min(1, pixels.shape[1] / 1100)  # a narrow figure is not blown up
+            axes = pages[-1].add_axes((MARGIN, 0.05, width, 0.87), anchor="N")
             axes.imshow(pixels)
             axes.set_axis_off()
-        top = A4[1]
-        write("Parameters", 12, fontweight="bold")
-        for line in json.dumps(parameters, ensure_ascii=False, indent=4).splitlines():
-            write(line, 8, family=["DejaVu Sans Mono", *fonts])
+        pages += pages_of("Parameters", json.dumps(parameters, ensure_ascii=False, indent=4))
+
+        def save(file) -> None:
+            with PdfPages(file) as pdf:
+                for page in pages:
+                    pdf.savefig(page, dpi=100)
+
         write_atomically(path, save)
 
 
 def degradation(rows: list[dict], original: float, path: Path) -> None:
-    """Accuracy per way of reducing, a panel per scale and a bar per variant.
-
-    `rows` are those of examples/degradation.py, `original` is the accuracy on the original images, a line across.
-    """
+    """Accuracy per way of reducing, the `rows` of examples/degradation.py: a panel per scale, a bar per variant, and
+    the accuracy on the `original` images as a line across."""
     names, scales = list(rows[0]["accuracy"]), list(dict.fromkeys(row["scale"] for row in rows))
     palette = dict(zip(names, [COLOURS[BASELINE], *SERIES[2:4], *SERIES[:1], *SERIES[4:]], strict=False))
     size = len(rows) + 2, 3.4

@@ -7,33 +7,25 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
-from torch import nn
+from torch import Tensor, nn
 
-from experiment.data import Batch, ImageTree, batches
-from experiment.distillation import Losses, ema_update
+from experiment.data import Batch, ImageTree, batches, epoch_batches
+from experiment.distillation import Losses, ema_update, validate
 from experiment.metrics import write_csv, write_json
-from experiment.runtime import (
-    LOGS,
-    Runtime,
-    Stopper,
-    agreed_to_stop,
-    new_run_folder,
-    out_of_memory_is_one_line,
-    progress_bar,
-)
+from experiment.runtime import LOGS, Runtime, Stopper, new_run_folder, progress_bar
 from models.errors import InputError
 from models.files import remove_partials, replace, write_atomically
-from models.weights import load_file, save_to
+from models.weights import load_file, save_to, save_weights
 
 FILE, PREVIOUS, BEST = "checkpoint.pt", "checkpoint_previous.pt", "best.pt"
 VERSION = 3  # of the checkpoint
-BAD_STEPS_IN_A_ROW = 10  # not finite: then the run gives up
+BAD_STEPS_IN_A_ROW = 10  # the run gives up after as many losses that are not finite
 UNREADABLE_FREE = 1000  # of more images than that at most one in a thousand may be unreadable
 # A resumed run may change these: they alter neither the images nor the steps. Images and classifiers are compared by
 # what they are ("images", "classifier_weights"), batches by their size over all processes.
@@ -92,13 +84,11 @@ class Run:
         is_main, is_new = self.runtime.is_main, self.folder is None
         with contextlib.ExitStack() as exits:
             exits.enter_context(self.stopper)
-            exits.enter_context(out_of_memory_is_one_line(self.training["batch_size"], "training.batch_size"))
             if is_main and is_new:
                 self.folder = new_run_folder(self.kind, job_suffix())
-            if is_main:  # before anything in the folder is touched
-                exits.enter_context(claimed(self.folder / FILE))
-                if self.output is not None:
-                    exits.enter_context(claimed(self.output))
+            if is_main:
+                for path in filter(None, (self.folder / FILE, self.output)):
+                    exits.enter_context(claimed(path))
             self.folder = self.runtime.gather(self.folder)[0]
             if not is_new:
                 self.load()
@@ -130,7 +120,7 @@ class Run:
         resolved = json.loads(checkpoint["resolved"])
         refuse_changes(resolved, self.resolved)
         was, now = resolved["parameters"]["training"]["epochs"], self.training["epochs"]
-        if now != was and self.training["schedule"] == "cosine" and self.runtime.is_main:
+        if now != was and self.training["schedule"] == "cosine":
             print(f"Note: the learning rate goes on as the cosine of {now} epochs; it was that of {was}")
         for name, part in self.saved.items():
             part.load_state_dict(checkpoint[name])
@@ -144,8 +134,7 @@ class Run:
     def batches(self, dataset: ImageTree, of_epoch: list[list[int]], workers: int) -> Iterator[Batch]:
         """This process's part of the batches of an epoch that are left; each has to be given to `step`.
 
-        `of_epoch` are all batches, over all processes. Saves every `training.checkpoint_minutes`; ends after a stop
-        signal.
+        `of_epoch` are those of all processes. Saves every `training.checkpoint_minutes`; ends after a stop signal.
         """
         state = self.state
         left = [self.runtime.part(batch) for batch in of_epoch[state.batch :]]
@@ -166,7 +155,7 @@ class Run:
                     self.save()
                 if self.stopped:
                     break
-        self.stopped = agreed_to_stop(self.runtime, self.stopper)
+        self.stopped = self.stopper.agree(*self.runtime.sum_numbers(self.stopper.requested))
 
     def step(self, losses: Losses | None, batch: Batch, learning_rate: float) -> None:
         """Backward, average over the processes, clip, step, count. Not taken if loss or gradient are not finite.
@@ -186,16 +175,13 @@ class Run:
         if unreadable:
             for part in runtime.gather(batch.unreadable):
                 state.unreadable.update(part)
-        if stops:
-            self.stopper.stop_with_others()
-            self.stopped = True
+        self.stopped = self.stopper.agree(stops)
         if not count:
             return
         average_gradients(self.network, own, count, runtime)
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.training["gradient_clip_norm"] or math.inf)
-        # The one time in a step that the host waits for the device.
-        total, psnr, norm = torch.cat([runtime.sum(sums), norm.to(sums).view(1)]).tolist()
+        total, psnr, norm = torch.cat([runtime.sum(sums), norm.to(sums).view(1)]).tolist()  # the one wait for a GPU
         if math.isfinite(total) and math.isfinite(norm):
             self.scaler.step(self.optimizer)
             state.images += int(count)
@@ -212,10 +198,8 @@ class Run:
             state.bad_in_a_row += not settling
         self.scaler.update()
         if state.bad_in_a_row >= BAD_STEPS_IN_A_ROW:
-            raise InputError(
-                f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row: start a new run with a lower learning "
-                "rate or training.precision float32, from this one's best.pt if it has one; the last checkpoint stands"
-            )
+            fault = f"the loss was not finite {BAD_STEPS_IN_A_ROW} times in a row; the last checkpoint stands"
+            raise InputError(f"{fault}: start a new run with a lower learning rate or training.precision float32")
 
     def refuse_unreadable(self, images: ImageTree) -> None:
         """Lists the unreadable images; raises InputError if they are over 0.1 % of more than 1000, or all."""
@@ -224,26 +208,26 @@ class Run:
             rows = [{"image": images.paths[i], "reason": reason} for i, reason in sorted(lost.items())]
             write_csv(self.folder / "unreadable.csv", rows)
         if len(lost) > (max(1, count // 1000) if count > UNREADABLE_FREE else count - 1):
-            raise InputError(
-                f"{len(lost)} of {count} training images can't be read; unreadable.csv in the run folder lists them: "
-                "mend or remove them, and start a new run"
-            )
+            listed = self.folder / "unreadable.csv"
+            raise InputError(f"{len(lost)} of {count} training images can't be read: mend or remove those in {listed}")
+
+    def validate(
+        self, loss: Callable[[Tensor], Losses], dataset: ImageTree, targets: list[int], batch_size: int, workers: int
+    ) -> dict | None:
+        """The scores of `distillation.validate` on a folder, of which this process reads its part of the batches."""
+        lists = epoch_batches(len(dataset), batch_size, seed=0, epoch=0, shuffle=False, limit=None)
+        own = self.runtime.part(lists)
+        with progress_bar(len(own), "validation", self.training["verbose"], leave=False) as bar:
+            arriving = batches(dataset, own, workers, stopper=self.stopper)
+            return validate(loss, arriving, targets, self.runtime, self.stopper, bar)
 
     def end_epoch(self, learning_rate: float, scores: dict) -> tuple[dict, bool]:
         """The row of history.csv, and whether its validation loss is the best; the next epoch is in progress then."""
         state = self.state
         loss, psnr, speed = state.means()
-        row = {
-            "epoch": state.epoch + 1,
-            "learning_rate": learning_rate,
-            "train_loss": loss,
-            "train_psnr_db": psnr,
-            **scores,
-            "seconds": round(state.seconds, 2),
-            "images_per_second": round(speed, 2),
-            "skipped_steps": state.skipped,
-            "unreadable": len(state.unreadable),
-        }
+        row = {"epoch": state.epoch + 1, "learning_rate": learning_rate, "train_loss": loss, "train_psnr_db": psnr}
+        row |= scores | {"seconds": round(state.seconds, 2), "images_per_second": round(speed, 2)}
+        row |= {"skipped_steps": state.skipped, "unreadable": len(state.unreadable)}
         self.state = State(
             epoch=state.epoch + 1,
             bad_in_a_row=state.bad_in_a_row,
@@ -256,11 +240,29 @@ class Run:
             write_csv(self.folder / "history.csv", self.state.history)
         return row, row["val_loss"] < state.best
 
+    def epoch_line(self, row: dict, improved: bool) -> str:
+        """A line on what `end_epoch` gave."""
+        accuracy = "" if row["val_accuracy"] is None else f"accuracy {row['val_accuracy']:.4f}, "
+        return (
+            f"epoch {row['epoch']}/{self.training['epochs']}: loss {row['train_loss']:.4f}; "
+            f"validation loss {row['val_loss']:.4f}, {row['val_psnr_db']:.2f} dB, {accuracy}"
+            f"agreement {row['val_agreement']:.4f}; {row['images_per_second']:.1f} images/s, "
+            f"{row['seconds']:.0f} s{' (best so far)' if improved else ''}"
+        )
+
+    def save_weights(self, network: nn.Module, note: dict) -> None:
+        """Writes the best weights to best.pt and `output`; `note` says what they were trained for."""
+        for path in filter(None, (self.folder / BEST, self.output)):
+            save_weights(network, path, note | {"run": str(self.folder)})
+
     def finish(self, command: str) -> int:
-        """Prints how the run ended; `command` resumes it. The exit code."""
+        """Prints how the run ended; `command` with --resume goes on with it. The exit code."""
         state = self.state
         if state.epoch < self.training["epochs"]:
             self.save()
+            if self.runtime.processes > 1:
+                starter = f"torchrun --nproc_per_node={os.environ.get('LOCAL_WORLD_SIZE', 1)}"
+                command = command.replace("python", starter, 1)
             print(f"Stopped in epoch {state.epoch + 1}. To go on: {command} --resume {self.folder}\n{self.folder}")
             return self.stopper.code
         if state.unreadable:

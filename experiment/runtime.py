@@ -115,35 +115,30 @@ def start_runtime(precision: str) -> Runtime:
     Under torchrun it joins the other processes, each on the GPU of its local rank.
     """
     refuse_tasks_without_torchrun()
-    defaults = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}
-    rank, local, processes = (int(os.environ.get(key, default)) for key, default in defaults.items())
-    device = torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    rank, local, processes = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if torch.cuda.is_available():
         count, device = torch.cuda.device_count(), torch.device("cuda", local)
         if local >= count:
             raise OneProcessError(f"process {local} has no GPU: there are {count}, lower torchrun's --nproc_per_node")
         torch.cuda.set_device(device)
-    elif device.type == "cpu":
+        fastest = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
+    elif torch.backends.mps.is_available():
+        device, fastest = torch.device("mps"), "float32"
+    else:
+        device, fastest = torch.device("cpu"), "bf16" if cpu_has_bf16() else "float32"
         keep_freed_memory()
         if torch.get_num_threads() > 1 and processors_in_use() > 0.3:
             wait_without_spinning()
         if precision == "fp16":
             raise InputError("precision fp16 needs a GPU; on a CPU use auto, bf16 or float32")
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
-    elif precision == "auto":
-        precision = "bf16" if device.type == "cpu" and cpu_has_bf16() else "float32"
     if processes > 1:
         join_processes("nccl" if device.type == "cuda" else "gloo")
-    return Runtime(device, precision, rank, processes)
+    return Runtime(device, fastest if precision == "auto" else precision, rank, max(processes, 1))
 
 
 @lost_process()
 def join_processes(backend: str) -> None:
-    """Joins torchrun's processes, in each life of the job under keys of its own.
-
-    Torch keeps one store over restarts: without that, processes would look for each other at the addresses of the dead.
-    """
+    """Joins torchrun's processes, with own keys per life of the job: torch's store keeps the addresses of the dead."""
     try:
         store, rank, processes = next(dist.rendezvous("env://"))
     except ValueError as error:  # a batch system's own WORLD_SIZE, without the rest
@@ -155,10 +150,7 @@ def join_processes(backend: str) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has the C library keep what is freed for the next tensor, as torch does on GPUs.
-
-    glibc maps every large tensor anew, and the system fills its pages with zeros: 7 % of a training step's time.
-    """
+    """Has the C library keep what is freed for the next tensor: zeros for fresh pages take 7 % of a training step."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
@@ -168,17 +160,14 @@ def keep_freed_memory() -> None:
 
 def processors_in_use(seconds: float = 0.2) -> float:
     """How many processors other programs keep busy, watched for `seconds`; 0 if the system does not say."""
-
-    def idle() -> float:
-        fields = Path("/proc/stat").read_text(encoding="utf-8").split()  # of all processors: "cpu", then ticks
-        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
-
-    try:
-        before, begun = idle(), time.monotonic()
-        time.sleep(seconds)
-        return max(0.0, os.cpu_count() - (idle() - before) / (time.monotonic() - begun))
-    except (OSError, ValueError, IndexError):
-        return 0.0
+    idle = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        for wait in (seconds, 0):
+            fields = Path("/proc/stat").read_text(encoding="utf-8").split()  # of all processors: "cpu", then ticks
+            idle.append((int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK"))
+            time.sleep(wait)
+        return max(0.0, os.cpu_count() - (idle[1] - idle[0]) / seconds)
+    return 0.0
 
 
 @functools.cache
@@ -186,8 +175,8 @@ def wait_without_spinning() -> None:
     """Has torch's threads sleep while they wait for each other: spinning, they keep the processor from those at work.
 
     Beside other programs spinning made training on two cores three times slower; alone it is faster. GNU's OpenMP
-    spins for no more than some microseconds once it has more threads than there are processors: a second team, which
-    stays idle, makes them more. Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
+    hardly spins once it has more threads than there are processors: a second team, which stays idle, makes them more.
+    Its own settings (GOMP_SPINCOUNT, OMP_WAIT_POLICY) are read before a script begins.
     """
     threads, formed = torch.get_num_threads(), threading.Event()
 
@@ -235,15 +224,6 @@ def new_run_folder(kind: str, suffix: str = "") -> Path:
         now += 1
 
 
-@contextlib.contextmanager
-def out_of_memory_is_one_line(batch_size: int, key: str):
-    """Turns a GPU's out of memory into a line that says what to lower: the parameter `key`, now `batch_size`."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise OneProcessError(f"out of GPU memory at batch size {batch_size}: lower {key}") from None
-
-
 class Lines(io.TextIOBase):
     """Standard output with a line per state of a progress bar, since no terminal overwrites the one before."""
 
@@ -262,19 +242,8 @@ def progress_bar(total: int, description: str, verbose: bool = True, *, unit: st
     return tqdm(total=total, desc=description, unit=unit, disable=disable, **options)
 
 
-def agreed_to_stop(runtime: Runtime, stopper: "Stopper") -> bool:
-    """Whether any of the processes was asked to stop: then all of them do."""
-    stops = any(runtime.gather(stopper.requested))
-    if stops:
-        stopper.stop_with_others()
-    return stops  # and not what has come since: all have to do the same
-
-
 class Stopper:
-    """Notes Ctrl-C, SIGTERM and SIGHUP instead of dying of them, so that the step in progress can end.
-
-    A second Ctrl-C interrupts at once.
-    """
+    """Notes Ctrl-C, SIGTERM and SIGHUP, so that the step in progress can end; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -300,9 +269,11 @@ class Stopper:
             with contextlib.suppress(OSError):  # Ctrl-C may have ended what reads our output, such as tee
                 os.write(2, f"\n{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    def stop_with_others(self) -> None:
-        """Another process was asked to stop."""
-        self.signal = self.signal or signal.SIGTERM
+    def agree(self, asked: float) -> bool:
+        """Whether any process was asked to stop, which all have summed at one moment: then this one stops, too."""
+        if asked:
+            self.signal = self.signal or signal.SIGTERM
+        return asked > 0
 
     @property
     def requested(self) -> bool:

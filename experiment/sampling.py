@@ -49,16 +49,15 @@ def ending(name: str) -> str:
 
 
 def some(names: list[str]) -> str:
-    return ", ".join(printable(name, 200) for name in names[:3]) + (
-        f" and {len(names) - 3} more" if len(names) > 3 else ""
-    )
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(printable(name, 200) for name in names[:3]) + more
 
 
 def files_below(folder: str | Path, follow: bool) -> Iterator[str]:
     """Paths of all files below `folder`, without hidden ones and those of systems.
 
-    If it does not follow links to folders, they count as files. If it does, it enters no folder twice from the same
-    entry of `folder`, so that loops end and an entry may be a link to another one.
+    Without `follow` links to folders count as files. With it, no folder is entered twice from the same entry of
+    `folder`, so that loops end and an entry may be a link to another one.
     """
     root = os.path.realpath(folder)
     waiting = [("", {root})]
@@ -78,7 +77,7 @@ def files_below(folder: str | Path, follow: bool) -> Iterator[str]:
 def open_images(folder: str) -> list[str]:
     """Paths of the images below `folder`, in an order of names alone; one line says which files are no images.
 
-    Raises InputError if there is no such folder, or no image in it.
+    Raises InputError if there are none.
     """
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; {LAYOUT}")
@@ -97,7 +96,7 @@ def open_images(folder: str) -> list[str]:
 def images_by_class(folder: str) -> dict[str, list[str]]:
     """Name of every folder in `folder` -> paths of the images below it; it says what is left out, and what is empty.
 
-    Raises InputError if there is no such folder, or no image in a class folder.
+    Raises InputError if there are none.
     """
     images = open_images(folder)
     names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
@@ -141,8 +140,7 @@ def sample(
 ) -> None:
     """Copies class folders from `source`: `parts` maps a target folder to its images by class.
 
-    A second run completes what a stopped one left. Raises InputError if a target holds another choice and `overwrite`
-    is not set, if it holds something else, or if it is (or is in, or holds) the source.
+    A second run completes what a stopped one left. Raises InputError as `refuse_overlap` and `prepare_target` do.
     """
     choice, chosen = {"source": os.path.abspath(source), "seed": seed, "fraction": fraction}, {}
     for target, images in parts.items():

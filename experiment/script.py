@@ -52,9 +52,7 @@ def refuse_tasks_without_torchrun() -> None:
     e = os.environ
     tasks = e.get("SLURM_STEP_NUM_TASKS") or e.get("OMPI_COMM_WORLD_SIZE") or "1"
     if tasks != "1" and e.get("WORLD_SIZE", "1") == e.get("LOCAL_WORLD_SIZE", "1"):  # a torchrun for each is the same
-        raise InputError(
-            f"{tasks} tasks would each work alone: start one (srun -n 1 torchrun --nproc_per_node={tasks})"
-        )
+        raise InputError(f"{tasks} tasks would each work alone: srun -n 1 torchrun --nproc_per_node={tasks} starts one")
 
 
 class UnbrokenFile(io.FileIO):
@@ -78,7 +76,7 @@ def unbroken(stream: TextIO | None, number: int) -> TextIO:
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
-    """The exit code and the line of an error that the user or the machine caused; None if it is the program's fault."""
+    """The exit code and the line of an error of the user's or the machine's; None if it is the program's."""
     if isinstance(error, InputError):
         return 2, str(error)
     if isinstance(error, KeyboardInterrupt):
@@ -86,16 +84,16 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError):
         return 1, f"{error.strerror or error}: {error.filename or 'the disk'}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
-        return 2, "out of GPU memory: close what else uses it, or lower the batch size"
+        return 2, "out of GPU memory: lower training.batch_size or test.batch_size, or close what else uses it"
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return 2, "out of memory: lower the batch size, the crop size or data.workers, or take a smaller network"
+        return 2, "out of memory: lower the batch size, the crop size or data.workers"
     return None
 
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: 0 or its own code, 2 for what the user can mend, 1 if a disk fails, 130 after Ctrl-C."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # it takes the lowest free number, that of a closed stream:
-        pass  # else the next file would get it, and messages would be written into that file
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # takes the number of a closed stream, or messages would be
+        pass  # written into the next file, which would have it
     os.close(number)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -110,8 +108,7 @@ def run_script(main: Callable[[], int | None]) -> None:
         try:
             code = main() or 0
         except BaseException as error:
-            found = explain(error)
-            if found is None:
+            if (found := explain(error)) is None:
                 raise
             code, line = found
             any_process = isinstance(error, (OneProcessError, MemoryError, RuntimeError))
