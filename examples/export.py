@@ -8,10 +8,12 @@
 ONNX needs onnx, onnxscript and onnxruntime (pip install); safetensors needs safetensors.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
@@ -73,6 +75,14 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: already exists; --overwrite replaces it")
 
 
+def package(name: str, path: Path, needed: str) -> ModuleType:
+    """A package that is not among the requirements; raises InputError if it is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise InputError(f"{path}: writing it needs other packages: pip install {needed}") from None
+
+
 class Chain(nn.Module):
     """Small images to scores as in a Pipeline, of one size: (N,3,h,w) float in [0,1] -> (N, classes)."""
 
@@ -87,56 +97,40 @@ class Chain(nn.Module):
 
 def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
     """What is said beside the parameters: size of the network, where they come from, what they were trained for."""
-    sizes = zip(("features", "blocks", "growth"), map(str, generator_size(network.state_dict())), strict=True)
+    features, blocks, growth = map(str, generator_size(network.state_dict()))
+    about = {"architecture": "RRDBNet", "features": features, "blocks": blocks, "growth": growth}
+    about |= {"upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]", "source": Path(weights).name}
     note = trained_for(weights)
-    about = {"architecture": "RRDBNet", **dict(sizes), "upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]"}
-    about |= {"source": Path(weights).name, "source_sha256": sha256_of(weights)}
-    return about | ({"trained_for": json.dumps(note)} if note else {})
+    return about | {"source_sha256": sha256_of(weights)} | ({"trained_for": json.dumps(note)} if note else {})
 
 
 def to_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> bytes:
-    """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well.
-
-    Raises:
-        InputError: safetensors is not installed.
-    """
-    try:
-        from safetensors.torch import save
-    except ImportError:
-        raise InputError(f"{path}: writing it needs another package: pip install safetensors") from None
+    """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well."""
+    safetensors = package("safetensors.torch", path, "safetensors")
     if about["growth"] != "32":
         print("Note: spandrel, and programs that are built on it, read networks of growth 32 alone")
-    return save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
+    return safetensors.save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
 
 
 def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> bytes:
     """An ONNX file of a network, (N,3,h,w) -> the tensor `output`, for any N, h and w.
 
-    It prints how far onnxruntime's results are from torch's.
-
-    torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript, which torch
-    gives up, can't.
+    torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript can't.
 
     Raises:
         InputError: no onnxscript; a network that can't be exported; results that differ.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript.optimizer
-    except ImportError:
-        raise InputError(f"{path}: writing it needs other packages: pip install onnx onnxscript onnxruntime") from None
+    optimizer = package("onnxscript.optimizer", path, "onnx onnxscript onnxruntime")
     axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
-    options = {"input_names": ["small"], "output_names": [output], "verbose": False}
+    options = {"input_names": ["small"], "output_names": [output], "dynamic_shapes": (axes,), "verbose": False}
     try:
         with torch.no_grad():
-            program = torch.onnx.export(
-                network, (torch.rand(2, 3, 24, 20),), dynamic_shapes=(axes,), dynamo=True, **options
-            )
+            program = torch.onnx.export(network, (torch.rand(2, 3, 24, 20),), dynamo=True, **options)
     except Exception as error:  # every classifier has its own way of not being traced
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: this network can't be exported ({reason})") from None
     # What is computed of weights alone becomes a weight, or other programs can't make int8 of it.
-    onnxscript.optimizer.optimize(program.model, input_size_limit=LARGEST_WEIGHT, output_size_limit=LARGEST_WEIGHT)
+    optimizer.optimize(program.model, input_size_limit=LARGEST_WEIGHT, output_size_limit=LARGEST_WEIGHT)
     model = program.model_proto
     graph = model.graph
     for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph):
