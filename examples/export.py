@@ -8,12 +8,10 @@
 ONNX needs onnx, onnxscript and onnxruntime (pip install); safetensors needs safetensors.
 """
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
@@ -75,14 +73,6 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise InputError(f"{path}: already exists; --overwrite replaces it")
 
 
-def package(name: str, path: Path, needed: str) -> ModuleType:
-    """A package that is not among the requirements; raises InputError if it is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise InputError(f"{path}: writing it needs other packages: pip install {needed}") from None
-
-
 class Chain(nn.Module):
     """Small images to scores as in a Pipeline, of one size: (N,3,h,w) float in [0,1] -> (N, classes)."""
 
@@ -106,10 +96,13 @@ def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
 
 def to_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> bytes:
     """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well."""
-    safetensors = package("safetensors.torch", path, "safetensors")
+    try:
+        from safetensors.torch import save
+    except ImportError:
+        raise InputError(f"{path}: writing it needs another package: pip install safetensors") from None
     if about["growth"] != "32":
         print("Note: spandrel, and programs that are built on it, read networks of growth 32 alone")
-    return safetensors.save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
+    return save({key: tensor.contiguous() for key, tensor in network.state_dict().items()}, about)
 
 
 def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> bytes:
@@ -120,7 +113,11 @@ def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) 
     Raises:
         InputError: no onnxscript; a network that can't be exported; results that differ.
     """
-    optimizer = package("onnxscript.optimizer", path, "onnx onnxscript onnxruntime")
+    try:
+        import onnx  # noqa: F401
+        import onnxscript.optimizer
+    except ImportError:
+        raise InputError(f"{path}: writing it needs other packages: pip install onnx onnxscript onnxruntime") from None
     axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
     options = {"input_names": ["small"], "output_names": [output], "dynamic_shapes": (axes,), "verbose": False}
     try:
@@ -130,7 +127,7 @@ def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) 
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: this network can't be exported ({reason})") from None
     # What is computed of weights alone becomes a weight, or other programs can't make int8 of it.
-    optimizer.optimize(program.model, input_size_limit=LARGEST_WEIGHT, output_size_limit=LARGEST_WEIGHT)
+    onnxscript.optimizer.optimize(program.model, input_size_limit=LARGEST_WEIGHT, output_size_limit=LARGEST_WEIGHT)
     model = program.model_proto
     graph = model.graph
     for part in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph):
