@@ -48,8 +48,10 @@ LARGEST_UPLOAD = 20 * 2**20  # bytes
 LARGEST_FOLDER = 2**30  # bytes; what is over it takes no more uploads
 CLEANING = 600, 3600  # seconds: how often files are looked at, and how old they get
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
-EXAMPLES = ["01244097ca8ffdfa", "0d85e0103989c850", "444109f3ccfacc7b"]  # of PHOTOGRAPHS, in the page's order
-EXAMPLES += ["11954d93a7051cb5", "c3e9a84e039df3ce", "1733cbc68a2ae05d"]
+EXAMPLES = (  # of PHOTOGRAPHS, in the page's order
+    *("01244097ca8ffdfa", "0d85e0103989c850", "444109f3ccfacc7b"),
+    *("11954d93a7051cb5", "c3e9a84e039df3ce", "1733cbc68a2ae05d"),
+)
 
 
 class Example(NamedTuple):
