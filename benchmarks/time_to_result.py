@@ -1,16 +1,13 @@
-"""How soon does a recipe recover 80 % of what bilinear enlarging loses? Two of them side by side on the same images.
+"""How soon does a recipe recover 80 % of what bilinear enlarging loses? Ours beside the published one, same images.
 
     python -m benchmarks.time_to_result --parameters examples/tiny_imagenet/parameters.json --minutes 30
-    python -m benchmarks.time_to_result --parameters examples/photographs/parameters.json --minutes 60 \\
-        --set data.test=examples/photographs/data/choose
-    python -m benchmarks.time_to_result --parameters mine.json --against other.json
 
---parameters is ours. The other recipe is that of --against, or the published one: the scores alone in the loss, whole
-images, a constant learning rate, nothing averaged; start, batches and learning rate are ours. The two take turns of a
-tenth of --minutes, so that what else the machine does slows both: train_darionet.py is started, stopped and resumed.
-After each turn the network as it stands, averaged where the recipe averages, is evaluated on our data.test. Minutes are
-those of the training steps, as the run counts them: start, validation and this evaluation are left out. A recipe ends
-with its epochs. Nothing is written but the runs in assets/logs. The last line is JSON.
+The published recipe: the scores alone in the loss, whole images, a constant learning rate, nothing averaged; start,
+batches and learning rate are ours. The two take turns of a tenth of --minutes, so that what else the machine does slows
+both: train_darionet.py is started, stopped and resumed. After each turn the network as it stands, averaged if the
+recipe averages, is evaluated on data.test. Minutes are those of the training steps, as the run counts them: start,
+validation and this evaluation are left out. A recipe ends with its epochs. Nothing is written but the runs in
+assets/logs. The last line is JSON.
 """
 
 import json
@@ -49,18 +46,12 @@ PUBLISHED = (
 
 def main() -> int:
     parser = script_parser(__doc__)
-    parser.add_argument("--against", metavar="FILE", help="parameters of the other recipe (default: the published one)")
     parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each recipe")
     arguments = parser.parse_args()
-    if not 0 < arguments.minutes < 1e5:
-        raise InputError(f"--minutes {arguments.minutes:g}: has to be over 0")
     path = arguments.parameters or "parameters.json"
     parameters = read_parameters(path, arguments.set)
     whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
-    other = (path, [*arguments.set, *PUBLISHED, whole])
-    if arguments.against:
-        other = (arguments.against, arguments.set)
-    runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
+    runs = {"published": Run(path, [*arguments.set, *PUBLISHED, whole]), "ours": Run(path, arguments.set)}
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
     classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)
@@ -76,25 +67,18 @@ def main() -> int:
             found[name].append(row)
             between = f"{row['low']:.0%} to {row['high']:.0%}" if row["low"] is not None else "–"
             print(f"| {name} | {row['minutes']:.2f} | {row['accuracy']:.4f} | {share(row)} | {between} |")
-    reached = {
-        name: next((row["minutes"] for row in rows if (row["recovered"] or 0) >= WANTED), None)
-        for name, rows in found.items()
-    }
     print()
-    for name, minutes in reached.items():
-        when = "not reached" if minutes is None else f"after {minutes:.2f} min"
-        last = found[name][-1]
-        print(f"{name}: {WANTED:.0%} recovered {when}; {share(last)} after {last['minutes']:.2f} min")
+    reached = {}
+    for name, rows in found.items():
+        reached[name] = next((row["minutes"] for row in rows if (row["recovered"] or 0) >= WANTED), None)
+        when = "not reached" if reached[name] is None else f"after {reached[name]:.2f} min"
+        print(f"{name}: {WANTED:.0%} recovered {when}; {share(rows[-1])} after {rows[-1]['minutes']:.2f} min")
     print(json.dumps({"wanted": WANTED, "minutes_to_wanted": reached, "recipes": found}))
     return 0
 
 
 class Run:
-    """A run of train_darionet.py that goes on for a while whenever it is asked to.
-
-    Args:
-        path, settings: of its parameters.
-    """
+    """A run of train_darionet.py, with the parameters of `path` and `settings`, that goes on if it is asked to."""
 
     def __init__(self, path: str, settings: list[str]):
         options = [part for setting in [*settings, "training.save=false"] for part in ("--set", setting)]
@@ -111,7 +95,6 @@ class Run:
         """
         options = self.start if self.folder is None else ["--resume", str(self.folder)]
         command = [sys.executable, "-u", str(SCRIPT), *options]
-        line = ""
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             timer = threading.Timer(max(0.0, seconds - self.seconds), process.terminate)
             for line in process.stdout:
@@ -136,21 +119,15 @@ def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runti
     targets = dataset.targets(classifier.class_names, required=True)
     order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
     lists = epoch_batches(len(dataset), options.batch_size, **order)
-    is_cuda = runtime.device.type == "cuda"
-    pipelines = make_pipelines(
-        classifier,
-        Reduction(t.scale, t.interpolation, t.antialias),
-        {OURS: Upscale(network, t.interpolation, t.antialias)},
-    )
+    reduction = Reduction(t.scale, t.interpolation, t.antialias)
+    pipelines = make_pipelines(classifier, reduction, {OURS: Upscale(network, t.interpolation, t.antialias)})
     pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
     result = Evaluation()
     with Stopper() as stopper, progress_bar(sum(map(len, lists)), "evaluation", unit="image", leave=False) as bar:
-        arriving = batches(dataset, lists, parameters.data.workers, is_cuda, stopper)
+        arriving = batches(dataset, lists, parameters.data.workers, stopper=stopper)
         evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result)
     if stopper.requested:
         raise KeyboardInterrupt
-    if not result.rows:
-        raise InputError(f"{dataset.root}: none of its images could be read")
     row = summarise(result.rows, result.seconds, result.timed, options.seed)[-1]
     kept = {"accuracy": "accuracy", "recovered": "recovered", "low": "recovered_low", "high": "recovered_high"}
     return {name: row[key] for name, key in kept.items()}

@@ -87,19 +87,15 @@ class Chain(nn.Module):
 
 def metadata(network: RRDBNet, weights: str) -> dict[str, str]:
     """What is said beside the parameters: size of the network, where they come from, what they were trained for."""
-    sizes = zip(("features", "blocks", "growth"), map(str, generator_size(network.state_dict())), strict=True)
+    features, blocks, growth = map(str, generator_size(network.state_dict()))
+    about = {"architecture": "RRDBNet", "features": features, "blocks": blocks, "growth": growth}
+    about |= {"upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]", "source": Path(weights).name}
     note = trained_for(weights)
-    about = {"architecture": "RRDBNet", **dict(sizes), "upscale_factor": "4", "images": "(N,3,h,w) RGB in [0,1]"}
-    about |= {"source": Path(weights).name, "source_sha256": sha256_of(weights)}
-    return about | ({"trained_for": json.dumps(note)} if note else {})
+    return about | {"source_sha256": sha256_of(weights)} | ({"trained_for": json.dumps(note)} if note else {})
 
 
 def to_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> bytes:
-    """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well.
-
-    Raises:
-        InputError: safetensors is not installed.
-    """
+    """A file of parameters under the ESRGAN repository's key names, which this project's scripts read as well."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -112,10 +108,7 @@ def to_safetensors(network: RRDBNet, path: Path, about: dict[str, str]) -> bytes
 def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) -> bytes:
     """An ONNX file of a network, (N,3,h,w) -> the tensor `output`, for any N, h and w.
 
-    It prints how far onnxruntime's results are from torch's.
-
-    torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript, which torch
-    gives up, can't.
+    torch.export follows the fast paths (models/fast.py) as plain convolutions; the exporter on TorchScript can't.
 
     Raises:
         InputError: no onnxscript; a network that can't be exported; results that differ.
@@ -126,12 +119,10 @@ def to_onnx(network: nn.Module, path: Path, about: dict[str, str], output: str) 
     except ImportError:
         raise InputError(f"{path}: writing it needs other packages: pip install onnx onnxscript onnxruntime") from None
     axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
-    options = {"input_names": ["small"], "output_names": [output], "verbose": False}
+    options = {"input_names": ["small"], "output_names": [output], "dynamic_shapes": (axes,), "verbose": False}
     try:
         with torch.no_grad():
-            program = torch.onnx.export(
-                network, (torch.rand(2, 3, 24, 20),), dynamic_shapes=(axes,), dynamo=True, **options
-            )
+            program = torch.onnx.export(network, (torch.rand(2, 3, 24, 20),), dynamo=True, **options)
     except Exception as error:  # every classifier has its own way of not being traced
         reason = next(iter(str(error.__cause__ or error).strip().splitlines()), type(error).__name__)
         raise InputError(f"{path}: this network can't be exported ({reason})") from None

@@ -31,7 +31,8 @@ from models.darionet import to_device
 from models.errors import InputError
 from models.weights import refuse_unwritable_weights
 
-RANGES = {"epochs": (1, 100_000), "batch_size": (2, 65536), "learning_rate": (1e-9, 100), "weight_decay": (0, 1)}
+RANGES = {"epochs": (1, 100_000), "batch_size": (2, 65536), "learning_rate": (1e-9, 100)}
+WEIGHT_DECAY = 5e-4
 
 
 def main() -> None:
@@ -39,7 +40,6 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=0.05, help="its peak")
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 to 1")
     parser.add_argument("--shift", type=int, default=0, help="largest random shift of the pictures, in pixels")
     arguments = parser.parse_args()
@@ -75,21 +75,18 @@ def main() -> None:
     to_device(reader, runtime.device)
     steps = math.ceil(len(train_set) / arguments.batch_size)
     rate = arguments.learning_rate
-    optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=arguments.weight_decay, nesterov=True)
+    optimizer = torch.optim.SGD(network.parameters(), rate, 0.9, weight_decay=WEIGHT_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, arguments.epochs * steps, cycle_momentum=False)
     flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
-    shift = (
-        v2.RandomCrop(t.train_crop_size, arguments.shift, padding_mode="reflect") if arguments.shift else nn.Identity()
-    )
+    shift = v2.RandomCrop(t.train_crop_size, arguments.shift, padding_mode="reflect")
     print(f"{name} from scratch: {len(train_set)} images of {len(class_names)} classes in {data.train}")
     print(f"Machine: {runtime.describe()}, batch size {arguments.batch_size}")
     best, begun = math.inf, time.perf_counter()
     with claimed(output):
         for epoch in range(arguments.epochs):
             train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, seed, epoch)
-            order = epoch_batches(
-                len(train_set), arguments.batch_size, seed=seed, epoch=epoch, shuffle=True, limit=None
-            )
+            choice = {"seed": seed, "epoch": epoch, "limit": None}
+            order = epoch_batches(len(train_set), arguments.batch_size, shuffle=True, **choice)
             network.train()
             loss_sum = count = 0
             title = f"epoch {epoch + 1}/{arguments.epochs}"
@@ -111,7 +108,7 @@ def main() -> None:
 
             reader.network.load_state_dict(network.state_dict())
             val_loss = right = val_count = 0
-            order = epoch_batches(len(val_set), 100, seed=seed, epoch=0, shuffle=False, limit=None)
+            order = epoch_batches(len(val_set), 100, shuffle=False, **choice)
             for batch in batches(val_set, order, data.workers, False):
                 if len(batch.images):
                     with torch.no_grad(), runtime.autocast():

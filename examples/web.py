@@ -36,11 +36,10 @@ from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
-from models.images import UnreadableImage
+from models.images import UnreadableImage, to_image
 from models.pipeline import Upscale
 from models.scaler import INTERPOLATIONS, Jpeg, Reduction, Scaler
 
-ADDRESS = "127.0.0.1"
 LEAST, MOST = 2, 6  # times smaller
 NO_JPEG = "no"
 QUALITIES = (NO_JPEG, 90, 75, 40)
@@ -63,14 +62,14 @@ class Example(NamedTuple):
 
 def example_photographs(labels: dict[str, str]) -> list[Example]:
     """Free photographs of classes that the classifier knows; `labels` says what it calls them, by WordNet id."""
-    try:
-        with (PHOTOGRAPHS / "CREDITS.tsv").open(encoding="utf-8", newline="") as file:
-            credits = {row["image"]: row for row in csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE)}
-    except FileNotFoundError:
-        return []  # without their credits they are not shown
-    paths = {path.stem: path for path in PHOTOGRAPHS.glob("free/*/*.jpg") if path.parent.name in labels}
-    names = [name for name in EXAMPLES if name in paths and name in credits]
-    return [Example(paths[name], labels[paths[name].parent.name], credit(credits[name])) for name in names]
+    with (PHOTOGRAPHS / "CREDITS.tsv").open(encoding="utf-8", newline="") as file:
+        credits = {row["image"]: row for row in csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE)}
+    paths = [next(PHOTOGRAPHS.glob(f"free/*/{name}.jpg")) for name in EXAMPLES]
+    return [
+        Example(path, labels[path.parent.name], credit(credits[path.stem]))
+        for path in paths
+        if path.parent.name in labels
+    ]
 
 
 def credit(row: dict[str, str]) -> str:
@@ -89,7 +88,7 @@ def way_to_reduce(times: float, interpolation: str, antialias: bool, jpeg: str |
 
 def pixels(image: Tensor) -> np.ndarray:
     """(3,H,W) in [0,1] -> uint8 (H,W,3)."""
-    return image.float().mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return np.asarray(to_image(image))
 
 
 class Row(NamedTuple):
@@ -123,20 +122,15 @@ def read_all(networks: Networks, image: Tensor, reduce: Callable[[Tensor], Tenso
         name = pipeline.name
         if name == "Bicubic":
             continue
-        if name == SMALL:
-            small = reduce(image)
-            refused = networks.classifier.refusal(*small.shape[-2:])
-            best = [] if refused else ask(pipeline, image, networks.runtime, top=BEST)[2][0]
-            squares = Scaler(tuple(image.shape[-2:]), "nearest")(small)[0]  # every pixel as a square
-            rows[name] = row(small[0], best)._replace(image=pixels(squares))
+        if name == SMALL and networks.classifier.refusal(*reduce(image).shape[-2:]):
+            shown, best = reduce(image), []
         else:
-            _, rebuilt, (best,) = ask(pipeline, image, networks.runtime, top=BEST)
-            rows[name] = row(rebuilt[0], best)
+            _, shown, (best,) = ask(pipeline, image, networks.runtime, top=BEST)
+        labels, size = {one["label"]: one["probability"] for one in best}, tuple(shown.shape[:-3:-1])
+        if name == SMALL:  # every pixel as a square
+            shown = Scaler(tuple(image.shape[-2:]), "nearest")(shown)
+        rows[name] = Row(pixels(shown), labels, size)
     return rows
-
-
-def row(image: Tensor, best: list[dict]) -> Row:
-    return Row(pixels(image), {p["label"]: p["probability"] for p in best}, (image.shape[-1], image.shape[-2]))
 
 
 def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path):
@@ -151,10 +145,8 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
     classifier, t = networks.classifier, networks.t
     examples = example_photographs(dict(zip(classifier.class_names, classifier.labels, strict=True)))
 
-    def take(path: str | None):
+    def take(path: str):
         """An upload -> nothing in its place, the image, its title, what is wrong with it."""
-        if path is None:
-            return None, gr.skip(), gr.skip(), ""
         name = html.escape(Path(path).name)
         try:
             return None, networks.load(Path(path)), name, ""
@@ -164,113 +156,83 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
         finally:
             Path(path).unlink(missing_ok=True)
 
+    def example(index: int) -> tuple[Tensor, str]:
+        """The image and its title."""
+        _, label, author = examples[index]
+        return networks.load(examples[index].path), f"{html.escape(label)}. Photograph: {author}, resized"
+
     def pick(event: gr.SelectData):
         """An example -> the image, its title, nothing wrong with it."""
-        chosen = examples[event.index]
-        return networks.load(chosen.path), titled(chosen), ""
+        return *example(event.index), ""
 
     def show(image: Tensor | None, times: float, interpolation: str, antialias: bool, jpeg, left: str, right: str):
         """Everything below the choices."""
         if image is None:
             return [gr.skip()] * len(outputs)
-        reduce = way_to_reduce(times, interpolation, antialias, jpeg)
         try:
-            rows = read_all(networks, image, reduce)
+            rows = read_all(networks, image, way_to_reduce(times, interpolation, antialias, jpeg))
         except InputError as error:
             raise gr.Error(html.escape(str(error)), print_exception=False) from None
-        notes = filter(
-            None, (other_input(path, Reduction(1 / times, interpolation, antialias)) for path in networks.weights)
-        )
-        images = {name: one.image for name, one in rows.items()}
-        pictures = [gr.Image(saved(name, one.image), label=headed(name, one)) for name, one in rows.items()]
-        labels = [one.labels or None for one in rows.values()]
-        return [images, html.escape("; ".join(notes)), (images[left], images[right]), *pictures, *labels]
-
-    def saved(name: str, image: np.ndarray) -> str:
-        """The path of a PNG file, by the name of which a browser saves it."""
-        return save_pil_to_cache(Image.fromarray(image), str(folder), re.sub(r"[^\w-]+", "_", name), "png")
+        reduction = Reduction(1 / times, interpolation, antialias)
+        notes = "; ".join(filter(None, (other_input(path, reduction) for path in networks.weights)))
+        images = {name: row.image for name, row in rows.items()}
+        pictures = []
+        for name, (array, _, (width, height)) in rows.items():
+            file = re.sub(r"[^\w-]+", "_", name)  # a browser saves the picture by this name
+            path = save_pil_to_cache(Image.fromarray(array), str(folder), file, "png")
+            pictures.append(gr.Image(path, label=f"{name}, {width} x {height}"))
+        labels = [row.labels or None for row in rows.values()]
+        return [images, html.escape(notes), (images[left], images[right]), *pictures, *labels]
 
     def compare(images: dict[str, np.ndarray] | None, left: str, right: str):
         return (images[left], images[right]) if images else gr.skip()
 
     if image is None and examples:
-        image, title = networks.load(examples[0].path), titled(examples[0])
+        image, title = example(0)
     with gr.Blocks(title="DarioNet", analytics_enabled=False, delete_cache=CLEANING) as page:
         chosen, shown = gr.State(image), gr.State()
         with gr.Row():
             with gr.Column(scale=1, min_width=360):
                 upload = gr.File(label=f"An image, up to {LARGEST_UPLOAD >> 20} MB", height=120, elem_id="upload")
                 wrong = gr.HTML(elem_id="wrong")
-                times = gr.Slider(
-                    LEAST,
-                    MOST,
-                    min(max(1 / t.scale, LEAST), MOST),
-                    step=0.125,
-                    label="Times smaller",
-                    elem_id="times",
-                )
+                first = min(max(1 / t.scale, LEAST), MOST)
+                times = gr.Slider(LEAST, MOST, first, step=0.125, label="Times smaller", elem_id="times")
                 with gr.Row():
                     interpolation = gr.Dropdown(list(INTERPOLATIONS), value=t.interpolation, label="Interpolation")
                     jpeg = gr.Dropdown(list(QUALITIES), value=NO_JPEG, label="Stored as JPEG")
                 antialias = gr.Checkbox(t.antialias, label="Antialias")
-                if examples:
-                    gallery = gr.Gallery(
-                        [str(example.path) for example in examples],
-                        label="Examples",
-                        columns=3,
-                        height=240,
-                        allow_preview=False,
-                        buttons=[],
-                        elem_id="examples",
-                    )
-                    gr.HTML("; ".join(f"{html.escape(e.label)}: {e.credit}" for e in examples))
+                files = [str(one.path) for one in examples]
+                options = {"columns": 3, "height": 240, "allow_preview": False, "buttons": [], "elem_id": "examples"}
+                gallery = gr.Gallery(files, label="Examples", visible=bool(examples), **options)
+                gr.HTML("; ".join(f"{html.escape(one.label)}: {one.credit}" for one in examples))
             with gr.Column(scale=2, min_width=400):
                 heading = gr.HTML(title, elem_id="heading")
                 with gr.Row():
                     left = gr.Dropdown(names, value=BASELINE, label="Left")
                     right = gr.Dropdown(names, value=names[-1], label="Right")
-                slider = gr.ImageSlider(
-                    label="Under the slider", format="png", interactive=False, buttons=["fullscreen"], elem_id="slider"
-                )
+                options = {"format": "png", "interactive": False, "buttons": ["fullscreen"], "elem_id": "slider"}
+                slider = gr.ImageSlider(label="Under the slider", **options)
                 note = gr.HTML(elem_id="note")
         with gr.Row():
             pictures, labels = [], []
-            for name in names:
+            for i, name in enumerate(names):
                 with gr.Column(min_width=180):
-                    pictures.append(
-                        gr.Image(
-                            label=name,
-                            interactive=False,
-                            buttons=["download", "fullscreen"],
-                            elem_id=f"picture_{len(pictures)}",
-                        )
-                    )
-                    labels.append(
-                        gr.Label(label=f"Read in {name}", show_heading=False, elem_id=f"labels_{len(labels)}")
-                    )
+                    options = {"interactive": False, "buttons": ["download", "fullscreen"], "elem_id": f"picture_{i}"}
+                    pictures.append(gr.Image(label=name, **options))
+                    labels.append(gr.Label(label=f"Read in {name}", show_heading=False, elem_id=f"labels_{i}"))
         outputs = [shown, note, slider, *pictures, *labels]
         arguments = show, [chosen, times, interpolation, antialias, jpeg, left, right], outputs
         options = {"api_visibility": "private", "show_progress": "minimal"}
         upload.upload(take, upload, [upload, chosen, heading, wrong], **options).then(*arguments, **options)
-        if examples:
-            gallery.select(pick, None, [chosen, heading, wrong], **options).then(*arguments, **options)
+        gallery.select(pick, None, [chosen, heading, wrong], **options).then(*arguments, **options)
         changes = [page.load, *(choice.change for choice in (times, interpolation, antialias, jpeg))]
         gr.on(changes, *arguments, trigger_mode="always_last", **options)
         gr.on([left.change, right.change], compare, [shown, left, right], slider, **options)
     return page
 
 
-def titled(example: Example) -> str:
-    return f"{html.escape(example.label)}. Photograph: {example.credit}, resized"
-
-
-def headed(name: str, one: Row) -> str:
-    return f"{name}, {one.size[0]} x {one.size[1]}"
-
-
 def without_room(app, folder: Path):
     """The web application `app`, refusing uploads while `folder` holds too much."""
-
     from starlette.responses import PlainTextResponse
 
     async def guarded(scope, receive, send) -> None:
@@ -315,7 +277,7 @@ def main() -> int:
         page = make_page(networks, image, title, Path(folder))
         try:
             _, address, _ = page.queue(max_size=20).launch(
-                server_name=ADDRESS,
+                server_name="127.0.0.1",
                 share=False,
                 ssr_mode=False,
                 quiet=True,

@@ -3,17 +3,17 @@
 python soak/killed.py 200
 """
 
-import functools
 import io
 import os
 import random
+import re
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
-from warm import STEPS, drop, ends_as, output, place_of_its_own, report, small_experiment, start
-from warm import wait as wait_for
+from shared import STEPS, Work, before, check, small_experiment, train
 
 import experiment.run
 import models.weights
@@ -21,155 +21,78 @@ import models.weights
 EVERY_STEP, EVERY_EPOCH = "0", "1000"  # minutes between checkpoints
 
 
-def note_steps() -> None:
-    """Writes a line to steps.txt for every step that was taken, before the checkpoint that may follow it."""
-    step = experiment.run.Run.step
+def prepare(kill_at: int, script) -> None:
+    """Kills the process at a moment of saving, by number: half of a write is done, or a call is about to be made.
 
-    def noting(run, *arguments) -> None:
-        step(run, *arguments)
-        with Path("steps.txt").open("a") as file:
-            file.write(f"{run.state.epoch} {run.state.batch}\n")
+    It writes a byte per moment to moments.txt, and one per step, before the checkpoint that may follow, to steps.txt.
+    """
+    save_to, take_step = models.weights.save_to, experiment.run.Run.step
+    moment = before(partial(note, "moments.txt"), partial(os.kill, os.getpid(), signal.SIGKILL), kill_at)
 
-    experiment.run.Run.step = noting
+    def save_in_halves(file, contents) -> None:
+        whole = io.BytesIO()
+        save_to(whole, contents)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        moment()
+        file.write(whole.getvalue()[whole.tell() // 2 :])
 
+    def step(*arguments) -> None:
+        take_step(*arguments)
+        note("steps.txt")
 
-class SavingMoments:
-    """Counts the moments of saving (half of a write done, a call about to be made); kills this process at one."""
-
-    def __init__(self, kill_at: int | None):
-        self.count, self.kill_at = 0, kill_at
-
-    def moment(self) -> bool:
-        self.count += 1
-        return self.count == self.kill_at
-
-    def before(self, function):
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            if self.moment():
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return call
-
-    def install(self) -> None:
-        for name in ("fsync", "link", "replace"):
-            setattr(os, name, self.before(getattr(os, name)))
-        Path.unlink = self.before(Path.unlink)
-        Path("moments.txt").unlink(missing_ok=True)
-        save_to = models.weights.save_to
-
-        def half(file, contents):
-            if self.moment():
-                whole = io.BytesIO()
-                save_to(whole, contents)
-                file.write(whole.getvalue()[: whole.tell() // 2])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return save_to(file, contents)
-
-        experiment.run.save_to = models.weights.save_to = half
+    for name in ("fsync", "link", "replace"):
+        setattr(os, name, before(getattr(os, name), moment))
+    Path.unlink = before(Path.unlink, moment)
+    experiment.run.save_to = models.weights.save_to = save_in_halves
+    experiment.run.Run.step = step
 
 
-def prepare(script, kill_at: int | None = None) -> None:
-    note_steps()
-    moments = SavingMoments(kill_at)
-    moments.install()
-    if kill_at is None:
-        main = script.main
-
-        def counted():
-            code = main()
-            Path("moments.txt").write_text(str(moments.count))
-            return code
-
-        script.main = counted
+def note(name: str) -> None:
+    with Path(name).open("a") as file:
+        file.write(".")
 
 
-def position(text: str) -> int:
-    """Steps that were done according to a line such as "0 2" or a pair of epoch and batch."""
-    epoch, batch = map(int, text.split())
-    return epoch * STEPS + batch
-
-
-def steps_taken(folder: Path) -> int:
-    path = folder / "steps.txt"
-    return position(path.read_text().splitlines()[-1]) if path.is_file() else 0
-
-
-def resumed_at(text: str) -> int:
-    for line in text.splitlines():
-        if line.startswith("Resumed at epoch "):
-            epoch, step = line.removeprefix("Resumed at epoch ").split(", step ")
-            return (int(epoch) - 1) * STEPS + int(step) - 1
-    return 0
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any(folder.glob("assets/logs/train_*/checkpoint*.pt"))
+def noted(work: Work, name: str) -> int:
+    return len((work.folder / name).read_text()) if (work.folder / name).exists() else 0
 
 
 def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    rng, began = random.Random(count), time.monotonic()
-    right = tried = early = 0
-    with small_experiment() as experiment_folder:
-        references, moments, lengths = {}, {}, {}
-        for minutes in (EVERY_STEP, EVERY_EPOCH):
-            folder = place_of_its_own(experiment_folder, f"whole{minutes}")
+    rng, early, wholes, lengths = random.Random(count), [], {}, {}
+
+    def case(i: int) -> None:
+        while_saving, code = i % 2 == 0, 0
+        while code == 0:  # until a kill comes before the end, and after there is something to lose
+            minutes = rng.choice([EVERY_STEP, EVERY_EPOCH])
+            kill_at = rng.randrange(1, noted(wholes[minutes], "moments.txt") + 1) if while_saving else 0
+            options = f"training.checkpoint_minutes={minutes}", f"data.workers={int(rng.random() < 0.05)}"
             started = time.monotonic()
-            options = ("--set", f"training.checkpoint_minutes={minutes}")
-            if wait_for(start(folder, *options, prepare=prepare)):
-                raise SystemExit(output(folder))
-            lengths[minutes] = time.monotonic() - started
-            moments[minutes] = int((folder / "moments.txt").read_text())
-            (folder / "moments.txt").unlink()
-            references[minutes] = folder
-        while tried < count:
-            while_saving, minutes = tried % 2 == 0, rng.choice([EVERY_STEP, EVERY_EPOCH])
-            kill_at = rng.randrange(1, moments[minutes] + 1) if while_saving else 0
-            workers = "1" if rng.random() < 0.05 else "0"
-            folder = place_of_its_own(experiment_folder, "killed")
-            options = ("--set", f"training.checkpoint_minutes={minutes}", "--set", f"data.workers={workers}")
-            started = time.monotonic()
-            pid = start(folder, *options, prepare=functools.partial(prepare, kill_at=kill_at))
+            work = Work(folder).start(train, partial(prepare, kill_at), "--set", options[0], "--set", options[1])
             if not while_saving:
                 time.sleep(rng.uniform(0, lengths[minutes]))
-                os.kill(pid, signal.SIGKILL)
-            code = wait_for(pid)
-            if code != -signal.SIGKILL and code != 0:
-                print(f"killed, it ended with {code}:\n{output(folder)}")
-                return 1
-            if code == 0:  # it was over already: the machine is faster than it was
+                work.process.kill()
+            code, taken = work.wait(), noted(work, "steps.txt")
+            if code == 0:  # the machine is faster than it was
                 lengths[minutes] = time.monotonic() - started
-                drop(folder)
-                continue
-            taken = steps_taken(folder)
-            (folder / "out.txt").unlink(missing_ok=True)
-            if not has_checkpoint(folder):  # nothing was lost: it had not begun
-                early += taken == 0
-                good = taken == 0
-                drop(folder)
-                if good:
-                    continue
-                tried += 1
-                continue
-            tried += 1
-            code = wait_for(start(folder, "--resume"))
-            text = output(folder)
-            lost = taken - resumed_at(text)
-            allowed = 1 if minutes == EVERY_STEP else STEPS
-            good = code == 0 and 0 <= lost <= allowed and ends_as(folder, references[minutes])
-            right += good
-            if not good:
-                print(
-                    f"saving {kill_at}, every {minutes}, workers {workers}: exit {code}, {lost} lost of {taken}\n{text}"
-                )
-            drop(folder)
-    print(f"({early} more kills came before there was anything to lose)")
-    return report(
-        "SIGKILL, resumed to the same bits, at most one interval lost", right, tried, time.monotonic() - began
-    )
+            elif not taken and not any(work.folder.glob("assets/logs/train_*/checkpoint*.pt")):
+                early.append(i)
+                code = 0
+        assert code == -signal.SIGKILL, work.output
+        work.end_as(wholes[minutes], train, None, "--resume")
+        epoch, step = map(int, re.search(r"Resumed at epoch (\d+), step (\d+)", work.output).groups())
+        lost = taken - (epoch - 1) * STEPS - step + 1
+        assert 0 <= lost <= (1 if minutes == EVERY_STEP else STEPS), f"{lost} lost of {taken}\n{work.output}"
+
+    with small_experiment() as folder:
+        for minutes in (EVERY_STEP, EVERY_EPOCH):
+            wholes[minutes], started = Work(folder), time.monotonic()
+            options = "--set", f"training.checkpoint_minutes={minutes}"
+            wholes[minutes].end_as(wholes[minutes], train, partial(prepare, 0), *options)
+            lengths[minutes] = time.monotonic() - started
+        code = check("SIGKILL, resumed to the same bits, at most one interval lost", [(case, i) for i in range(count)])
+    print(f"({len(early)} more kills came before there was anything to lose)")
+    return code
 
 
 if __name__ == "__main__":

@@ -4,117 +4,55 @@ python soak/signals.py        every case
 python soak/signals.py 6      every sixth
 """
 
-import functools
 import itertools
-import multiprocessing.process
-import os
 import signal
 import sys
-import time
-from pathlib import Path
+from functools import partial
+from multiprocessing.process import BaseProcess
 
-from warm import (
-    STEPS,
-    drop,
-    ends_as,
-    output,
-    place_of_its_own,
-    report,
-    run_folder,
-    small_experiment,
-    start,
-    wait,
-)
+from shared import STEPS, Work, before, check, small_experiment, tell, train
 
 import experiment.distillation
 import experiment.run
-from experiment.run import FILE, is_whole
 
-PHASES = ("parameters are read", "networks are built", "workers start", "training", "validation", "saving")
-LONGEST = 10  # seconds from the signal to the end
+EARLY = ("parameters are read", "networks are built")  # there is nothing to resume yet
+PHASES = (*EARLY, "workers start", "training", "validation", "saving")
 
 
-def prepare(script, phase: str, pipe: int) -> None:
-    """Tells the parent, through `pipe`, when the child is in `phase`, and stays there a moment."""
-    reached = []
-
-    def at(number: int, function):
-        calls = itertools.count(1)
-
-        @functools.wraps(function)
-        def call(*arguments, **options):
-            if next(calls) == number and not reached:
-                reached.append(True)
-                os.write(pipe, b"here")
-                time.sleep(0.2)
-            return function(*arguments, **options)
-
-        return call
-
-    if phase == PHASES[0]:
-        script.read_parameters = at(1, script.read_parameters)
-    elif phase == PHASES[1]:
-        script.open_classifier = at(1, script.open_classifier)
-    elif phase == PHASES[2]:
-        process = multiprocessing.process.BaseProcess
-        process.start = at(2, process.start)
-    elif phase in PHASES[3:5]:
-        number = 2 if phase == "training" else STEPS + 1
-        script.to_float = experiment.distillation.to_float = at(number, script.to_float)
+def prepare(phase: str, script) -> None:
+    """Makes the script tell when it is in `phase`."""
+    if phase == "parameters are read":
+        script.read_parameters = before(script.read_parameters, tell)
+    elif phase == "networks are built":
+        script.open_classifier = before(script.open_classifier, tell)
+    elif phase == "workers start":
+        BaseProcess.start = before(BaseProcess.start, tell, 2)
+    elif phase == "saving":
+        experiment.run.save_to = before(experiment.run.save_to, tell, 2)
     else:
-        experiment.run.save_to = at(2, experiment.run.save_to)
+        number = 2 if phase == "training" else STEPS + 1
+        script.to_float = experiment.distillation.to_float = before(script.to_float, tell, number)
 
 
-def case(folder: Path, reference: Path, phase: str, number: int, group: bool, workers: int) -> str | None:
-    """None where all is as promised, else what is not."""
-    ear, mouth = os.pipe()
-    options = ("--set", f"data.workers={workers}")
-    pid = start(folder, *options, prepare=functools.partial(prepare, phase=phase, pipe=mouth), group=True)
-    os.close(mouth)
-    told = os.read(ear, 4)
-    os.close(ear)
-    sent = time.monotonic()
-    (os.killpg if group else os.kill)(pid, number)
-    code = wait(pid)
-    seconds = time.monotonic() - sent
-    if not told:
-        return f"it never came there: {code}\n{output(folder)}"
-    if phase in PHASES[:2]:  # there is nothing to resume yet
-        if code != 128 + number or "Traceback" in output(folder):
-            return f"exit {code}\n{output(folder)}"
-        if wait(start(folder)):
-            return output(folder)
-        return None if ends_as(folder, reference) else "another result"
-    text = output(folder)
-    if code != 128 + number or "Traceback" in text or "--resume assets/logs/train_" not in text:
-        return f"exit {code}\n{text}"
-    if seconds > LONGEST or not is_whole(run_folder(folder) / FILE):
-        return f"{seconds:.1f} s, a whole checkpoint: {is_whole(run_folder(folder) / FILE)}"
-    if wait(start(folder, "--resume")):
-        return output(folder)
-    return None if ends_as(folder, reference) else "another result"
+def stopped(whole: Work, folder, phase: str, number: int, group: bool, workers: int) -> None:
+    work = Work(folder).start(train, partial(prepare, phase), "--set", f"data.workers={workers}")
+    assert work.stop(number, group) == 128 + number and "Traceback" not in work.output, work.output
+    if phase not in EARLY:
+        assert experiment.run.is_whole(work.run / "checkpoint.pt"), "no whole checkpoint"
+        assert "--resume assets/logs/train_" in work.output, work.output
+    work.end_as(whole, train, None, *(() if phase in EARLY else ["--resume"]))
 
 
 def main() -> int:
-    every, began = int(sys.argv[1]) if len(sys.argv) > 1 else 1, time.monotonic()
-    right = total = 0
-    with small_experiment() as shared:
-        reference = place_of_its_own(shared, "whole")
-        if wait(start(reference)):
-            raise SystemExit(output(reference))
-        numbers, groups, workers = (signal.SIGINT, signal.SIGTERM), (False, True), (0, 2)
-        cases = [c for c in itertools.product(PHASES, numbers, groups, workers) if c[0] != "workers start" or c[3]]
-        for phase, number, group, count in cases[::every]:
-            folder = place_of_its_own(shared, "stopped")
-            fault = case(folder, reference, phase, number, group, count)
-            total += 1
-            right += fault is None
-            if fault:
-                to = "the group" if group else "the process"
-                print(f"{signal.Signals(number).name} to {to} while {phase}, {count} workers: {fault}")
-            drop(folder)
-    what = "SIGINT and SIGTERM: the documented code, a whole checkpoint within 10 s, resumed to the same bits"
-    return report(what, right, total, time.monotonic() - began)
+    with small_experiment() as folder:
+        whole = Work(folder)
+        whole.end_as(whole, train, None)
+        cases = itertools.product(
+            [partial(stopped, whole, folder)], PHASES, (signal.SIGINT, signal.SIGTERM), (False, True), (0, 2)
+        )
+        cases = [one for one in cases if one[1] != "workers start" or one[-1]]
+        what = "SIGINT and SIGTERM: the documented code, a whole checkpoint within 10 s, resumed to the same bits"
+        return check(what, cases[:: int(sys.argv[1]) if len(sys.argv) > 1 else 1])
 
 
 if __name__ == "__main__":

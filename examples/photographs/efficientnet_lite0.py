@@ -8,6 +8,8 @@ the name tf_efficientnet_lite0. The network is EfficientNet-B0 (Tan and Le 2019,
 table 1) without squeeze-and-excitation, with ReLU6 in place of Swish, and padded as TensorFlow pads.
 """
 
+from collections import OrderedDict
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,39 +42,23 @@ def conv(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: in
     return SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False)
 
 
-class Block(nn.Module):
-    """Expansion, depthwise convolution, projection; added to its input where the shapes agree."""
+class Block(nn.Sequential):
+    """Expansion (if any), depthwise convolution, projection; added to its input if the shapes agree."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
-        super().__init__()
         middle = inputs * expansion
-        self.conv_pw = conv(inputs, middle)
-        self.bn1 = nn.BatchNorm2d(middle, eps=EPSILON)
-        self.conv_dw = conv(middle, middle, kernel, stride, groups=middle)
-        self.bn2 = nn.BatchNorm2d(middle, eps=EPSILON)
-        self.conv_pwl = conv(middle, outputs)
-        self.bn3 = nn.BatchNorm2d(outputs, eps=EPSILON)
+        layers = {"conv_dw": conv(middle, middle, kernel, stride, groups=middle), "conv_pw": conv(middle, outputs)}
+        if expansion > 1:
+            layers = {"conv_pw": conv(inputs, middle), "conv_dw": layers["conv_dw"], "conv_pwl": layers["conv_pw"]}
+        named = {}
+        for i, (name, layer) in enumerate(layers.items(), 1):
+            named |= {name: layer, f"bn{i}": nn.BatchNorm2d(layer.out_channels, eps=EPSILON), f"relu{i}": nn.ReLU6()}
+        named.popitem()  # none after the projection
+        super().__init__(OrderedDict(named))
         self.residual = inputs == outputs and stride == 1
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu6(self.bn1(self.conv_pw(x)))
-        out = F.relu6(self.bn2(self.conv_dw(out)))
-        out = self.bn3(self.conv_pwl(out))
-        return x + out if self.residual else out
-
-
-class FirstBlock(nn.Module):
-    """The block without expansion; its layers are numbered without the missing one."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int):
-        super().__init__()
-        self.conv_dw = conv(inputs, inputs, kernel, stride, groups=inputs)
-        self.bn1 = nn.BatchNorm2d(inputs, eps=EPSILON)
-        self.conv_pw = conv(inputs, outputs)
-        self.bn2 = nn.BatchNorm2d(outputs, eps=EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.bn2(self.conv_pw(F.relu6(self.bn1(self.conv_dw(x)))))
+        return x + super().forward(x) if self.residual else super().forward(x)
 
 
 class EfficientNetLite(nn.Module):
@@ -84,15 +70,10 @@ class EfficientNetLite(nn.Module):
         self.bn1 = nn.BatchNorm2d(32, eps=EPSILON)
         stages, inputs = [], 32
         for expansion, kernel, stride, outputs, count in STAGES:
-            blocks = []
-            for i in range(count):
-                options = (kernel, stride if i == 0 else 1)
-                first = expansion == 1
-                blocks.append(
-                    FirstBlock(inputs, outputs, *options) if first else Block(inputs, outputs, expansion, *options)
-                )
-                inputs = outputs
+            blocks = [Block(inputs, outputs, expansion, kernel, stride)]
+            blocks += [Block(outputs, outputs, expansion, kernel, 1) for _ in range(count - 1)]
             stages.append(nn.Sequential(*blocks))
+            inputs = outputs
         self.blocks = nn.Sequential(*stages)
         self.conv_head = conv(inputs, 1280)
         self.bn2 = nn.BatchNorm2d(1280, eps=EPSILON)

@@ -17,57 +17,44 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 SIDE = 64  # pixels
+SEED = 1337
 OVERSAMPLING = 3  # drawn larger and reduced, for smooth edges
 
 
-def disc(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+def box(x: float, y: float, w: float, h: float) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a rectangle of 2w x 2h pixels around (x, y)."""
+    return x - w, y - h, x + w, y + h
 
 
-def ring(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    draw.ellipse((x - r, y - r, x + r, y + r), outline=colour, width=round(0.55 * r))
+def diagonals(d: ImageDraw.ImageDraw, x: float, y: float, r: float, c: tuple) -> None:
+    for sign in (1, -1):
+        d.line((x - r, y - sign * r, x + r, y + sign * r), c, round(0.6 * r))
 
 
-def square(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    r *= 0.9
-    draw.rectangle((x - r, y - r, x + r, y + r), fill=colour)
+def plus(d: ImageDraw.ImageDraw, x: float, y: float, r: float, c: tuple) -> None:
+    d.rectangle(box(x, y, r, 0.3 * r), c)
+    d.rectangle(box(x, y, 0.3 * r, r), c)
 
 
-def frame(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    draw.rectangle((x - r, y - r, x + r, y + r), outline=colour, width=round(0.5 * r))
+def bars(d: ImageDraw.ImageDraw, x: float, y: float, r: float, c: tuple) -> None:
+    for sign in (-1, 1):
+        d.rectangle(box(x + sign * 0.65 * r, y, 0.3 * r, r), c)
 
 
-def plus(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    w = 0.3 * r
-    draw.rectangle((x - r, y - w, x + r, y + w), fill=colour)
-    draw.rectangle((x - w, y - r, x + w, y + r), fill=colour)
-
-
-def diagonal_cross(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    w = round(0.6 * r)
-    draw.line((x - r, y - r, x + r, y + r), fill=colour, width=w)
-    draw.line((x - r, y + r, x + r, y - r), fill=colour, width=w)
-
-
-def diamond(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
+def diamond(d: ImageDraw.ImageDraw, x: float, y: float, r: float, c: tuple) -> None:
     r *= 1.15
-    draw.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], fill=colour)
+    d.polygon([(x - r, y), (x, y - r), (x + r, y), (x, y + r)], c)
 
 
-def bars(draw: ImageDraw.ImageDraw, x: float, y: float, r: float, colour: tuple) -> None:
-    for offset in (-0.65 * r, 0.65 * r):
-        draw.rectangle((x + offset - 0.3 * r, y - r, x + offset + 0.3 * r, y + r), fill=colour)
-
-
-MOTIFS = {
+MOTIFS = {  # draws one around (x, y), of radius r and colour c
     "bars": bars,
-    "crosses": diagonal_cross,
+    "crosses": diagonals,
     "diamonds": diamond,
-    "discs": disc,
-    "frames": frame,
+    "discs": lambda d, x, y, r, c: d.ellipse(box(x, y, r, r), c),
+    "frames": lambda d, x, y, r, c: d.rectangle(box(x, y, r, r), outline=c, width=round(0.5 * r)),
     "pluses": plus,
-    "rings": ring,
-    "squares": square,
+    "rings": lambda d, x, y, r, c: d.ellipse(box(x, y, r, r), outline=c, width=round(0.55 * r)),
+    "squares": lambda d, x, y, r, c: d.rectangle(box(x, y, 0.9 * r, 0.9 * r), c),
 }
 
 
@@ -100,14 +87,13 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2000, help="training pictures in all")
     parser.add_argument("--val", type=int, default=800, help="validation and test pictures in all")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "data")
-    parser.add_argument("--seed", type=int, default=1337)
     arguments = parser.parse_args()
     wanted = [("train_original", arguments.train), ("val_original", arguments.val)]
     jobs = [(split, motif, i) for split, n in wanted for motif in MOTIFS for i in range(n // len(MOTIFS))]
     for split, motif, i in tqdm(jobs, desc="drawing", unit="picture", disable=None):
         folder = arguments.folder / split / motif
         folder.mkdir(parents=True, exist_ok=True)
-        draw_picture(motif, random.Random(f"{arguments.seed}/{split}/{motif}/{i}")).save(folder / f"{i:04d}.png")
+        draw_picture(motif, random.Random(f"{SEED}/{split}/{motif}/{i}")).save(folder / f"{i:04d}.png")
     print(f"{len(jobs)} pictures of {len(MOTIFS)} classes in {arguments.folder}")
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2])]  # started as a file, python finds the packages beside it
 
-import lzma
 import re
 import tarfile
 import zipfile
@@ -45,7 +44,6 @@ VAL = re.compile(r"(?:^|/)val/images/(val_\d+\.JPEG)$")
 ANNOTATIONS = re.compile(r"(?:^|/)val/val_annotations\.txt$")
 LARGEST = 2**22  # bytes of one member: photographs have 2 kB, the annotations 500 kB
 SEED = 2020
-DAMAGE = (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 def members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -61,6 +59,8 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
             raise InputError(f"{path}: {name} has {size} bytes; this is not Tiny ImageNet's archive")
         return known
 
+    if not path.exists():
+        raise InputError(f"{path}: no such archive; examples/tiny_imagenet/README.md says where to get it")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -72,9 +72,9 @@ def members(path: Path) -> Iterator[tuple[str, bytes]]:
                 for info in archive:
                     if info.isreg() and wanted(info.name, info.size):
                         yield info.name, archive.extractfile(info).read()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such archive; examples/tiny_imagenet/README.md says where to get it") from None
-    except (*DAMAGE, RuntimeError, NotImplementedError) as error:  # the last two: encrypted, an unknown compression
+    except InputError:
+        raise
+    except Exception as error:  # damaged or encrypted archives have many kinds
         raise InputError(f"{path}: not a readable zip or tar archive ({error})") from None
 
 
@@ -106,32 +106,23 @@ def main() -> None:
     absent = [] if arguments.all else sorted(set(arguments.classes) - set(train))
     if absent or not train:
         raise InputError(f"{arguments.archive}: has no training photographs of {', '.join(absent) or 'any class'}")
-    parts: dict[str, dict[str, dict[str, bytes]]] = {"train_original": {}, "val_original": {}}
+    parts: dict[str, dict[str, bytes]] = {"train_original": {}, "val_original": {}}  # CLASS/NAME -> contents
     for class_name, photographs in train.items():
         held_out = set(share(list(photographs), arguments.held_out, SEED, class_name))
         for name, contents in photographs.items():
-            part = "val_original" if name in held_out else "train_original"
-            parts[part].setdefault(class_name, {})[name] = contents
-    for name, contents in val.items():
-        if labels.get(name) in train:
-            parts["val_original"].setdefault(labels[name], {})[name] = contents
+            parts["val_original" if name in held_out else "train_original"][f"{class_name}/{name}"] = contents
+    parts["val_original"] |= {f"{labels[name]}/{name}": val[name] for name in val if labels.get(name) in train}
     # What another choice of classes or share left goes: a photograph must not be in both parts.
     choice = {"source": arguments.archive.name, "held_out": arguments.held_out, "classes": sorted(train)}
-    for part, classes in parts.items():
+    for part, photographs in parts.items():
         folder = arguments.folder / part
-        files = {
-            f"{class_name}/{name}": f"{len(contents)} {zlib.crc32(contents)}"
-            for class_name, photographs in classes.items()
-            for name, contents in photographs.items()
-        }
+        files = {path: f"{len(contents)} {zlib.crc32(contents)}" for path, contents in photographs.items()}
         prepare_target(folder, choice, files, overwrite=True)
-        for class_name, photographs in classes.items():
-            (folder / class_name).mkdir(exist_ok=True)
-            for name, contents in photographs.items():
-                (folder / class_name / name).write_bytes(contents)
-        count = sum(map(len, classes.values()))
-        write_manifest(folder, choice | {"images": count, "complete": True, "files": files})
-        print(f"{folder}: {count} photographs of {len(classes)} classes")
+        for path, contents in photographs.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_bytes(contents)
+        write_manifest(folder, choice | {"images": len(files), "complete": True, "files": files})
+        print(f"{folder}: {len(files)} photographs of {len(train)} classes")
 
 
 if __name__ == "__main__":
