@@ -1,13 +1,14 @@
-"""How soon does a recipe recover 80 % of what bilinear enlarging loses? Ours beside the published one, same images.
+"""How soon does a recipe recover 80 % of what bilinear enlarging loses? Ours beside another one, same images.
 
     python -m benchmarks.time_to_result --parameters examples/tiny_imagenet/parameters.json --minutes 30
+    python -m benchmarks.time_to_result --parameters mine.json --against other.json
 
-The published recipe: the scores alone in the loss, whole images, a constant learning rate, nothing averaged; start,
-batches and learning rate are ours. The two take turns of a tenth of --minutes, so that what else the machine does slows
-both: train_darionet.py is started, stopped and resumed. After each turn the network as it stands, averaged if the
-recipe averages, is evaluated on data.test. Minutes are those of the training steps, as the run counts them: start,
-validation and this evaluation are left out. A recipe ends with its epochs. Nothing is written but the runs in
-assets/logs. The last line is JSON.
+The other recipe is that of --against, or the published one: the scores alone in the loss, whole images, a constant
+learning rate, nothing averaged; start, batches and learning rate are ours. The two take turns of a tenth of --minutes,
+so that what else the machine does slows both: train_darionet.py is started, stopped and resumed. After each turn the
+network as it stands, averaged if the recipe averages, is evaluated on our data.test. Minutes are those of the training
+steps, as the run counts them: start, validation and this evaluation are left out. A recipe ends with its epochs.
+Nothing is written but the runs in assets/logs. The last line is JSON.
 """
 
 import json
@@ -46,12 +47,16 @@ PUBLISHED = (
 
 def main() -> int:
     parser = script_parser(__doc__)
+    parser.add_argument("--against", metavar="FILE", help="parameters of the other recipe (default: the published one)")
     parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each recipe")
     arguments = parser.parse_args()
     path = arguments.parameters or "parameters.json"
     parameters = read_parameters(path, arguments.set)
     whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
-    runs = {"published": Run(path, [*arguments.set, *PUBLISHED, whole]), "ours": Run(path, arguments.set)}
+    other = Run(path, [*arguments.set, *PUBLISHED, whole])
+    if arguments.against:
+        other = Run(arguments.against, arguments.set)
+    runs = {arguments.against or "published": other, "ours": Run(path, arguments.set)}
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
     classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)

@@ -427,8 +427,8 @@ def test_out_of_memory_is_one_line(start, trained, monkeypatch):
 
     for module in (data, evaluation):
         monkeypatch.setattr(module, "to_float", full)
-    one_line(start("train_darionet"), "out of GPU memory at batch size 4: lower training.batch_size")
-    one_line(start("test"), "out of GPU memory at batch size 4: lower test.batch_size")
+    one_line(start("train_darionet"), "out of GPU memory: lower training.batch_size")
+    one_line(start("test"), "out of GPU memory: lower training.batch_size or test.batch_size")
     draw("checks", 5).save("a.png")
     one_line(start("try_darionet", "a.png"), "out of GPU memory")
 
