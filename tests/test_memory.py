@@ -8,12 +8,13 @@ import time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc and OpenMP; processors in /proc")
+
 FAULTS = """
 import resource, sys
 import torch
 
-def faults():
-    "Page faults of forty tensors of 32 MB, made and freed: 8192 pages each."
+def faults():  # forty tensors of 32 MB, made and freed: 8192 pages each
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(40):
         torch.zeros(2**23)
@@ -43,15 +44,18 @@ if __name__ == "__main__":
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def run(path, script: str, threads: int, **environment: str) -> str:
+    """What a script prints, with so many threads."""
+    (path / "script.py").write_text(script)
+    environment |= os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, path / "script.py"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.parametrize("where", SCRIPTS)
 def test_freed_memory_is_kept(tmp_path, where):
-    (tmp_path / "script.py").write_text(FAULTS + SCRIPTS[where])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
-    command = [sys.executable, str(tmp_path / "script.py")]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    *before, count = map(int, filter(str.isdigit, out.split("\n")))
+    out = run(tmp_path, FAULTS + SCRIPTS[where], 1, RANK="0", WORLD_SIZE="1")  # as torchrun sets them
+    *before, count = map(int, out.split())
     assert count < 100_000, out
     assert all(other > 200_000 for other in before), "without the setting there are as many as pages"
 
@@ -60,8 +64,7 @@ WAITING = """
 import time
 import torch
 
-def waiting():
-    "Seconds of processor time of thirty waits of 20 ms, each after work that is shared by two threads."
+def waiting():  # seconds of processor time of thirty waits of 20 ms, each after work that two threads share
     values, before = torch.ones(2**17), time.process_time()
     for _ in range(30):
         values.exp_()
@@ -75,20 +78,14 @@ print(waiting())
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="a setting of GNU's OpenMP, for two cores"
-)
-def test_threads_that_wait_leave_the_processor_to_others():
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", WAITING]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    spinning, sleeping = map(float, out.split())
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="it takes two cores")
+def test_threads_that_wait_leave_the_processor_to_others(tmp_path):
+    spinning, sleeping = map(float, run(tmp_path, WAITING, 2).split())
     assert sleeping < spinning / 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the setting is for Linux alone")
 def test_a_script_that_ends_at_once_ends_with_its_own_code():
-    """As one does that is given a folder that isn't there: not in an abort, since a thread was still within torch."""
+    """Not in an abort, since a thread was still within torch."""
     code = "import sys, experiment.runtime; experiment.runtime.wait_without_spinning(); sys.exit(2)"
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     for _ in range(2):
@@ -96,7 +93,6 @@ def test_a_script_that_ends_at_once_ends_with_its_own_code():
         assert (ended.returncode, ended.stderr) == (2, "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_other_programs_are_seen(monkeypatch):
     from experiment.runtime import processors_in_use
 
@@ -106,6 +102,5 @@ def test_other_programs_are_seen(monkeypatch):
         assert processors_in_use(0.5) > 0.3
     finally:
         busy.kill()
-        busy.wait()
     monkeypatch.setattr("pathlib.Path.read_text", lambda *arguments, **options: "cpu")
     assert processors_in_use(0.01) == 0

@@ -48,9 +48,7 @@ def test_training_and_test_of_two_processes(start, experiment):
     two = torchrun(ROOT / "train_darionet.py", *exact, "--set", "training.batch_size=2")
     assert two.returncode == 0, two.stderr
     lines = two.stdout.strip().splitlines()
-    assert (
-        sum(line.startswith("epoch ") for line in lines) == 2 and sum(line.startswith("assets") for line in lines) == 1
-    )
+    assert sum(line.startswith("epoch ") for line in lines) == 2  # one process says it
     assert len(list(Path("assets/logs").iterdir())) == 1
     folder = Path(lines[-1])
     weights = load_generator("DarioNet.pt")
@@ -73,23 +71,18 @@ def test_training_and_test_of_two_processes(start, experiment):
     for a, b in zip(mine["variants"], theirs["variants"], strict=True):
         for key in set(a) - {"seconds", "images_per_second", "name"}:
             assert a[key] == pytest.approx(b[key], abs=1e-5), key
-    rows, others = read_csv(folder / "predictions.csv"), read_csv(other / "predictions.csv")
-    assert [(r["image"], r["variant"], r["predicted"]) for r in rows] == [
-        (r["image"], r["variant"], r["predicted"]) for r in others
-    ]
+    rows, others = (
+        [(r["image"], r["variant"], r["predicted"]) for r in read_csv(f / "predictions.csv")] for f in (folder, other)
+    )
+    assert rows == others
 
 
 def test_a_failed_process_ends_the_job(experiment):
-    """Process 1 can't read the weights: the job ends instead of waiting for it."""
+    """Instead of waiting for it."""
+    lines = "import os, runpy, sys", "if os.environ['RANK'] == '1':", "    sys.exit(3)"
     script = experiment / "one_fails.py"
-    script.write_text(
-        "import os, sys\n"
-        "if os.environ['RANK'] == '1':\n    sys.exit(3)\n"
-        f"sys.argv[0] = '{ROOT / 'train_darionet.py'}'\n"
-        "import runpy\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    result = torchrun(script)
-    assert result.returncode != 0
+    script.write_text("\n".join([*lines, f"runpy.run_path('{ROOT / 'train_darionet.py'}', run_name='__main__')"]))
+    assert torchrun(script).returncode != 0
 
 
 @pytest.mark.parametrize(
