@@ -7,7 +7,6 @@ import os
 import random
 import re
 import resource
-import shutil
 import signal
 import struct
 import time
@@ -90,9 +89,9 @@ PNG = encoded(draw("discs", 1, 64), "PNG")
 NOISE = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "PNG")
 WEBP = encoded(plain(), "WEBP", lossless=True)
 DAMAGED_EXIF = encoded(plain(), "PNG", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
-# An orientation, whether it swaps the sides, what is at the top left; 0 and 9 are none
-ORIENTATIONS = [(i, 5 <= i <= 8, BLUE if i in (0, 1, 5, 9) else RED) for i in range(10)]
-# name -> bytes, and (size, first pixel) or a part of the reason
+# Orientations from 0, and where the corner at the top left is shown; 0 and 9 are none
+CORNERS = [(0, 0), (0, 0), (3, 0), (3, 2), (0, 2), (0, 0), (2, 0), (2, 3), (0, 3), (0, 0)]
+# name -> bytes, and (size, colour of the first pixel, or of the one at a place), or a part of the reason
 READ = {
     "plain.png": (encoded(plain(), "PNG"), ((4, 3), RED)),
     "wrong extension.jpg": (encoded(plain(), "PNG"), ((4, 3), RED)),
@@ -115,13 +114,17 @@ READ = {
     "without its end.png": (encoded(plain(), "PNG")[:-12], ((4, 3), RED)),  # every pixel is there
     "text after it.png": (encoded(plain(), "PNG") + b"and more", ((4, 3), RED)),
     **{f"{name}.png": (png_with(*chunks), ((4, 3), RED)) for name, chunks in CHUNKS.items()},
-    **{f"orientation {i}.png": (turned(i), ((3, 4) if turn else (4, 3), corner)) for i, turn, corner in ORIENTATIONS},
+    **{f"orientation {i}.png": (turned(i), ((4, 3)[:: -1 if 5 <= i <= 8 else 1], BLUE, CORNERS[i])) for i in range(10)},
 }
+TEXTS = {
+    "empty": b"",
+    "text": b"not an image\n",
+    "zeros": bytes(10_000),
+    "a page": b"<!doctype html><title>404</title>",
+}
+TEXTS["svg"] = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 REFUSED = {
-    "empty.jpg": (b"", NO_IMAGE),
-    "text.png": (b"not an image\n", NO_IMAGE),
-    "a page.jpg": (b"<!doctype html><title>404</title>", NO_IMAGE),
-    "zeros.jpg": (bytes(10_000), NO_IMAGE),
+    **{f"{name}.jpg": (data, NO_IMAGE) for name, data in TEXTS.items()},
     "cut at 10 %.jpg": (JPEG[: len(JPEG) // 10], ""),
     **{f"cut at {part} %.jpg": (JPEG[: len(JPEG) * part // 100], "truncated") for part in (50, 99)},
     **{f"cut at {part} %.png": (NOISE[: len(NOISE) * part // 100], "runcated") for part in (10, 50, 99)},
@@ -135,12 +138,11 @@ REFUSED = {
     "no width.png": (png(0, 5, 8, 2, zlib.compress(b"\0" * 100)), ""),
     **{f"{k}.png": (encoded(plain(size=(16, 16)), k), NO_IMAGE) for k in ("ICO", "PCX", "TGA", "EPS", "PDF")},
     "xbm.gif": (encoded(plain("1", 1), "XBM"), NO_IMAGE),
-    "svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", NO_IMAGE),
 }
 LATIN = os.fsdecode(b"caf\xe9.png")  # a name that is not UTF-8
 
 
-def write_corpus(folder: Path, small_enough: bool = False) -> tuple[list[str], dict[str, str]]:
+def write_corpus(folder: Path) -> tuple[list[str], dict[str, str]]:
     """Writes every kind into `folder`; the names of those that can be read, and of the others with the reason."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (contents, _) in (READ | REFUSED).items():
@@ -154,29 +156,15 @@ def write_corpus(folder: Path, small_enough: bool = False) -> tuple[list[str], d
     read = [*READ, LATIN, "linked.png"]
     others = {name: reason for name, (_, reason) in REFUSED.items()} | {os.fsdecode(b"br\xf6ken.png"): NO_IMAGE}
     others |= {"pipe.png": "not a plain file", "loop.png": "symbolic links", "dangling.png": "No such file"}
-    if small_enough:  # the strips are too long for try_darionet.py --small
-        for name in ("strip.png", "tower.png"):
-            read.remove(name)
-            others[name] = "not small"
     return read, others
 
 
 @pytest.mark.parametrize("name", READ)
 def test_what_it_is_read_as(tmp_path, name):
-    contents, expected = READ[name]
+    contents, (size, colour, *place) = READ[name]
     (tmp_path / name).write_bytes(contents)
     image = read_image(tmp_path / name)
-    assert image.mode == "RGB" and (image.size, image.getpixel((0, 0))) == expected
-
-
-@pytest.mark.parametrize(("orientation", "corner"), list(enumerate([0, 1, 3, 2, 0, 1, 3, 2], start=1)))
-def test_where_the_first_stored_pixel_is_shown(tmp_path, orientation, corner):
-    """Corners: 0 top left, 1 top right, 2 bottom left, 3 bottom right."""
-    (tmp_path / "a.png").write_bytes(turned(orientation))
-    image = read_image(tmp_path / "a.png")
-    right, bottom = image.width - 1, image.height - 1
-    corners = [image.getpixel(place) for place in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
-    assert corners.index(BLUE) == corner and corners.count(BLUE) == 1
+    assert (image.mode, image.size, image.getpixel(*place or [(0, 0)])) == ("RGB", size, colour)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -243,62 +231,56 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def check_list(found: dict[str, str], expected: dict[str, str], prefix: str = "") -> None:
-    assert set(found) == {prefix + printable(name) for name in expected}
-    for name, reason in expected.items():
-        assert reason in found[prefix + printable(name)]
-
-
 @pytest.mark.parametrize("how", [[], ["--link"]])
 def test_the_samplers_copy_every_file_as_it_is(start, experiment, how):
     """What is no file is left out and said."""
     write_corpus(experiment / "train_original" / "odd")
-    write_corpus(experiment / "val_original" / "odd")
-    for script, targets in (("img_sampler_train", ["train"]), ("img_sampler_val", ["val", "test"])):
-        for target in targets:
-            shutil.rmtree(experiment / target)
-        result = start(script, *how, "--set", "data.train_fraction=1")
+    (experiment / "val_original").symlink_to("train_original")
+    expected = {p.name: p.read_bytes() for p in (experiment / "train_original" / "odd").iterdir() if p.is_file()}
+    for script, targets in (("img_sampler_train", ["a"]), ("img_sampler_val", ["b", "c"])):
+        options = ("--set=data.train_fraction=1", "--set=data.train=a", "--set=data.val=b", "--set=data.test=c")
+        result = start(script, *how, *options)
         assert result.code == 0, result.err
-        found = {path.name: path.read_bytes() for t in targets for path in (experiment / t / "odd").iterdir()}
-        originals = {p.name: p for p in (experiment / "train_original" / "odd").iterdir() if p.is_file()}
-        assert found == {name: path.read_bytes() for name, path in originals.items()}
-        assert not any(path.is_symlink() for t in targets for path in (experiment / t / "odd").iterdir())
+        found = [path for target in targets for path in (experiment / target / "odd").iterdir()]
+        assert {path.name: path.read_bytes() for path in found} == expected
+        assert not any(path.is_symlink() for path in found)
         assert sum(map(int, re.findall(r"left out (\d+)", result.out))) == 3
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_training_skips_and_lists_them(start, experiment):
-    others = write_corpus(experiment / "train" / CLASSES[0])[1]
-    options = ("--set", "training.epochs=1", "--set", "training.batch_size=32", "--set", "data.workers=2")
-    result = start("train_darionet", *options)
-    assert result.code == 0, result.err
-    assert f"{len(others)} training images could not be read" in result.out
+def check_list(result, others: dict[str, str], prefix: str = "") -> Path:
+    """Whether a run lists these as unreadable; its folder."""
     folder = Path(result.out.splitlines()[-1])
-    check_list(listed(folder), others, f"{CLASSES[0]}/")
-    with (folder / "history.csv").open() as file:
+    found = listed(folder)
+    assert set(found) == {prefix + printable(name) for name in others} and "Traceback" not in result.err
+    assert all(reason in found[prefix + printable(name)] for name, reason in others.items())
+    return folder
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_training_and_evaluation_list_them(start, trained):
+    for part in ("train", "test"):
+        read, others = write_corpus(trained / part / CLASSES[0])
+    options = ("--set", "training.epochs=1", "--set", "training.batch_size=32", "--set", "data.workers=2")
+    result = start("train_darionet", *options, "--set", "darionet.weights=new.pt")
+    assert result.code == 0 and f"{len(others)} training images could not be read" in result.out, result
+    with (check_list(result, others, f"{CLASSES[0]}/") / "history.csv").open() as file:
         assert next(csv.DictReader(file))["unreadable"] == str(len(others))
 
-
-@pytest.mark.usefixtures("no_figures")
-def test_the_evaluation_replaces_none(start, trained):
-    read, others = write_corpus(trained / "test" / CLASSES[0])
     result = start("test", "--set", "test.batch_size=32")
-    assert result.code == 1 and "Traceback" not in result.err
-    folder = Path(result.out.splitlines()[-1])
-    check_list(listed(folder), others, f"{CLASSES[0]}/")
-    results = json.loads((folder / "results.json").read_text())
+    assert result.code == 1
+    results = json.loads((check_list(result, others, f"{CLASSES[0]}/") / "results.json").read_text())
     assert {variant["n"] for variant in results["variants"]} == {9 + len(read)}
     assert len(results["unreadable"]) == len(others)
 
 
 def test_a_folder_of_small_images(start, trained):
-    read, others = write_corpus(trained / "icons", small_enough=True)
+    read, others = write_corpus(trained / "icons")
+    strips = ("strip.png", "tower.png")
     result = start("try_darionet", "--small", "icons")
-    assert result.code == 1 and "Traceback" not in result.err
-    folder = Path(result.out.splitlines()[-1])
-    check_list(listed(folder), others)
+    assert result.code == 1
+    folder = check_list(result, others | dict.fromkeys(strips, "not small"))
     with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        assert {row["image"] for row in csv.DictReader(file)} == set(map(printable, read))
+        assert {row["image"] for row in csv.DictReader(file)} == {printable(name) for name in read} - {*strips}
 
 
 def test_one_image_is_read_or_refused_in_one_line(start, trained):
@@ -340,15 +322,16 @@ def mutated(rng: random.Random) -> bytes:
     data = bytearray(rng.choice([JPEG, PNG]))
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
         place = rng.randrange(len(data))
+        some = data[place : place + rng.randrange(1, 40)]
         match rng.randrange(4):
             case 0:
                 data[place] ^= 1 << rng.randrange(8)
             case 1:
                 data[place] = rng.choice([0, 1, 127, 128, 255])
             case 2:
-                del data[place : place + rng.randrange(1, 40)]
+                del data[place : place + len(some)]
             case _:
-                data[place:place] = data[place : place + rng.randrange(1, 40)]
+                data[place:place] = some
         if len(data) < 2:
             break
     return bytes(data)
@@ -359,10 +342,7 @@ def with_right_checksums(data: bytes) -> bytes:
     if not data.startswith(b"\x89PNG\r\n\x1a\n"):
         return data
     out, place = data[:8], 8
-    while place + 12 <= len(data):
-        end = place + 8 + int.from_bytes(data[place : place + 4])
-        if end + 4 > len(data):
-            break
+    while (end := place + 8 + int.from_bytes(data[place : place + 4])) + 4 <= len(data):
         out += data[place:end] + struct.pack(">I", zlib.crc32(data[place + 4 : end]))
         place = end + 4
     return out + data[place:]
