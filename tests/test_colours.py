@@ -85,15 +85,6 @@ def test_profiles_of_every_format(tmp_path, name, kind):
     assert difference.mean() <= (3 if lossy else 1.2) and (lossy or difference.max() <= 6)
 
 
-def test_srgb_itself_stays_as_it_is(tmp_path):
-    """To the bit, with the profile that most photographs carry."""
-    image = Image.fromarray(PICTURE.astype(np.uint8))
-    assert (read(tmp_path, encoded(image, "PNG", icc_profile=SRGB)) == PICTURE).all()
-    for gamma in (0.45455, 0.45):
-        before = chunk(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
-        assert (read(tmp_path, png_of(PICTURE, before)) == PICTURE).all()
-
-
 def test_a_profile_with_transparency_and_a_palette(tmp_path):
     """Colours are converted before they are laid on white."""
     profile = rgb_profile("Adobe RGB")
@@ -129,39 +120,40 @@ def test_a_cmyk_profile(tmp_path):
             assert np.abs(read(tmp_path, contents) - expected).max() <= 2, (kind, ink)
 
 
-@pytest.mark.parametrize("profile", [b"no profile", rgb_profile("ProPhoto")[:200], icc(b"GRAY", {}), cmyk_profile()])
-def test_a_profile_that_does_not_fit_counts_as_none(tmp_path, profile):
-    image = Image.fromarray(PICTURE.astype(np.uint8))
-    assert (read(tmp_path, encoded(image, "PNG", icc_profile=profile)) == PICTURE).all()
-
-
 def png_of(pixels: np.ndarray, before: bytes) -> bytes:
     rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in pixels)
     return png(pixels.shape[1], pixels.shape[0], 8, 2, zlib.compress(rows), before)
 
 
+def gamma_of(value: float) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", round(value * 100_000)))
+
+
+SRGB_CICP, PQ_CICP = (chunk(b"cICP", bytes([*kind, 0, 1])) for kind in ((1, 13), (9, 16)))
+PROFILES = [SRGB, b"no profile", rgb_profile("ProPhoto")[:200], icc(b"GRAY", {}), cmyk_profile()]
+AS_STORED = [encoded(Image.fromarray(PICTURE.astype(np.uint8)), "PNG", icc_profile=profile) for profile in PROFILES]
+AS_STORED += [png_of(PICTURE, gamma_of(value)) for value in (0.45455, 0.45, 0, 1e-5, 21474.83647)]
+
+
+@pytest.mark.parametrize("contents", [*AS_STORED, png_of(PICTURE, SRGB_CICP)], ids=range(len(AS_STORED) + 1))
+def test_what_is_srgb_or_says_nothing_sensible_stays_as_it_is(tmp_path, contents):
+    """To the bit: with sRGB's profile, gamma or cICP, with a profile that does not fit, with a gamma that is none."""
+    assert (read(tmp_path, contents) == PICTURE).all()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.55556, 0.35])
 def test_gamma_of_a_png(tmp_path, gamma):
     stored = np.round(light_of(PICTURE) ** gamma * 255)
-    before = chunk(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
-    assert np.abs(read(tmp_path, png_of(stored, before)) - PICTURE).max() <= 5
+    assert np.abs(read(tmp_path, png_of(stored, gamma_of(gamma))) - PICTURE).max() <= 5
     for sure in (chunk(b"sRGB", b"\0"), chunk(b"iCCP", b"a\0\0" + zlib.compress(SRGB))):  # gAMA is for others
-        assert (read(tmp_path, png_of(stored, before + sure)) == stored).all()
-
-
-@pytest.mark.parametrize("gamma", [0, 1, 2**31 - 1])
-def test_a_gamma_that_is_none(tmp_path, gamma):
-    before = chunk(b"gAMA", struct.pack(">I", gamma))
-    assert (read(tmp_path, png_of(PICTURE, before)) == PICTURE).all()
+        assert (read(tmp_path, png_of(stored, gamma_of(gamma) + sure)) == stored).all()
 
 
 def test_cicp_of_a_png(tmp_path):
-    """sRGB is read; other colours only by the profile that stands beside them; PQ, as HDR screenshots have, never."""
-    srgb, pq = (chunk(b"cICP", bytes([*kind, 0, 1])) for kind in ((1, 13), (9, 16)))
-    assert (read(tmp_path, png_of(PICTURE, srgb)) == PICTURE).all()
+    """Colours are read only by the profile that stands beside them; PQ, as HDR screenshots have, never."""
     with pytest.raises(UnreadableImage, match="cICP"):
-        read(tmp_path, png_of(PICTURE, pq))
-    beside = pq + chunk(b"iCCP", b"a\0\0" + zlib.compress(rgb_profile("Display P3")))
+        read(tmp_path, png_of(PICTURE, PQ_CICP))
+    beside = PQ_CICP + chunk(b"iCCP", b"a\0\0" + zlib.compress(rgb_profile("Display P3")))
     assert np.abs(read(tmp_path, png_of(in_space("Display P3"), beside)) - PICTURE).mean() < 1.2
 
 
@@ -180,7 +172,6 @@ def test_a_first_frame_that_is_smaller_than_its_canvas(tmp_path, transparent):
     if transparent is not None:
         contents += b"\x21\xf9\x04\x01\x00\x00" + bytes([transparent, 0])
     contents += b"," + struct.pack("<HHHHB", 2, 1, 2, 2, 0) + b"\x02\x03\x4c\x12\x05\x00;"  # four pixels of colour 1
-    found = read(tmp_path, contents)
     expected = np.full((5, 6, 3), 255)
     expected[1:3, 2:4] = (0, 0, 255)
-    assert (found == expected).all()
+    assert (read(tmp_path, contents) == expected).all()

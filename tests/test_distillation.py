@@ -9,16 +9,8 @@ from torch import nn
 from tqdm import tqdm
 
 from benchmarks.correctness import loss_of, pipeline_of
+from experiment import distillation
 from experiment.data import Batch
-from experiment.distillation import (
-    TERMS,
-    compare,
-    distillation_loss,
-    ema_update,
-    learning_rate_at,
-    psnr_db,
-    validate,
-)
 from experiment.parameters import LossSection
 from experiment.run import Run
 from experiment.runtime import Runtime, Stopper
@@ -50,7 +42,7 @@ def test_every_term_is_its_formula(pipeline):
         "features": (looks[0].features - looks[1].features).square().mean(),
         "maps": sum(shares) / len(shares),
     }
-    assert len(shares) == 4 and set(expected) == set(TERMS) == set(LossSection.model_fields)
+    assert len(shares) == 4 and set(expected) == set(distillation.TERMS) == set(LossSection.model_fields)
     for name, value in expected.items():
         losses = loss_of(pipeline, images, **{name: 1.0})
         torch.testing.assert_close(losses.total, value)
@@ -58,7 +50,7 @@ def test_every_term_is_its_formula(pipeline):
     mixed = sum(weights[name] * value for name, value in expected.items())
     losses = loss_of(pipeline, images, **weights)
     torch.testing.assert_close(losses.total, mixed)
-    torch.testing.assert_close(losses.psnr_db, psnr_db(rebuilt, images))
+    torch.testing.assert_close(losses.psnr_db, distillation.psnr_db(rebuilt, images))
     assert losses.on_rebuilt is not None and loss_of(pipeline, images, pixels=1.0).on_rebuilt is None
 
 
@@ -68,19 +60,19 @@ def test_several_teachers_are_averaged_and_the_first_is_reported(pipeline):
     images, small = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 10, 10)
     options = {"weights": {"logits": 1.0}, "with_logits": True}
     one, two, both = (
-        distillation_loss(images, small, pipeline.restore, teachers, **options)
+        distillation.distillation_loss(images, small, pipeline.restore, teachers, **options)
         for teachers in ([pipeline.classifier], [other], [pipeline.classifier, other])
     )
     torch.testing.assert_close(both.total, (one.total + two.total) / 2)
     assert both.on_rebuilt.equal(one.on_rebuilt) and both.on_original.equal(one.on_original)
-    distillation_loss(images, small, pipeline.restore, [None], {"pixels": 1.0})  # pixels alone ask no teacher
+    distillation.distillation_loss(images, small, pipeline.restore, [None], {"pixels": 1.0})  # asks no teacher
 
 
 def test_a_clamp_that_passes_gradients(pipeline):
     unclamped = torch.tensor([-0.5, 0.5, 1.5]).repeat(1, 3, 1, 1).requires_grad_()
     for clamp_gradient, expected in ((True, [0.0, 1.0, 0.0]), (False, [1.0, 1.0, 1.0])):
         small = unclamped.detach()
-        compared = compare(small, small, lambda small, size: unclamped, [], clamp_gradient=clamp_gradient)
+        compared = distillation.compare(small, small, lambda small, size: unclamped, [], clamp_gradient=clamp_gradient)
         assert compared.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
         (gradient,) = torch.autograd.grad(compared.rebuilt.sum(), unclamped)
         assert gradient[0, 0, 0].tolist() == expected
@@ -91,16 +83,16 @@ def test_averaged_weights_start_at_the_first_and_then_move_slowly():
     for module, value in ((average, 0.0), (network, 1.0)):
         module.requires_grad_(False)
         module.weight.fill_(value)
-    ema_update(average, network, 0.99, 0)
+    distillation.ema_update(average, network, 0.99, 0)
     assert average.weight.item() == pytest.approx(0.9)  # 1 - 1 / 10
     network.weight.fill_(0)
-    ema_update(average, network, 0.99, 10**6)
+    distillation.ema_update(average, network, 0.99, 10**6)
     assert average.weight.item() == pytest.approx(0.9 * 0.99)
 
 
 def test_learning_rates():
     def rates(steps, *schedule):
-        return [learning_rate_at(step, 100, 2.0, *schedule) for step in steps]
+        return [distillation.learning_rate_at(step, 100, 2.0, *schedule) for step in steps]
 
     assert rates((0, 50, 99), "constant", 0) == [2, 2, 2]
     assert rates((0, 1, 2, 3), "constant", 3) == [0.5, 1, 1.5, 2]
@@ -109,7 +101,7 @@ def test_learning_rates():
 
 def test_psnr_of_each_image():
     images = torch.zeros(3, 3, 4, 4)
-    found = psnr_db(torch.stack([images[0] + 0.1, images[0] + 1, images[0]]), images)
+    found = distillation.psnr_db(torch.stack([images[0] + 0.1, images[0] + 1, images[0]]), images)
     assert found.tolist() == pytest.approx([20, 0, 100])
 
 
@@ -197,19 +189,19 @@ def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
     batches, restore = drawn_batches(2), Mock(side_effect=pipeline.restore)
 
     def loss(images):
-        weights = dict.fromkeys(TERMS, 1.0)
+        weights = dict.fromkeys(distillation.TERMS, 1.0)
         small = pipeline.reduce(images)
-        return distillation_loss(images, small, restore, [pipeline.classifier], weights, with_logits=True)
+        return distillation.distillation_loss(images, small, restore, [pipeline.classifier], weights, with_logits=True)
 
     images = torch.cat([batch.images for batch in batches]).float() / 255
     targets = pipeline.classifier(images).argmax(1).tolist()
-    scores = validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
+    scores = distillation.validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
     assert restore.call_count == 2
     with torch.no_grad():
         rebuilt, logits = pipeline(images)[1:]
-        assert scores["val_psnr_db"] == pytest.approx(psnr_db(rebuilt, images).mean().item(), abs=1e-3)
+        assert scores["val_psnr_db"] == pytest.approx(distillation.psnr_db(rebuilt, images).mean().item(), abs=1e-3)
         agreeing = (logits.argmax(1) == torch.tensor(targets)).float().mean().item()
         assert scores["val_accuracy"] == scores["val_agreement"] == agreeing
         pipeline.classifier.network.fc.weight.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
-        validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
+        distillation.validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))

@@ -138,7 +138,7 @@ def test_compiled_step_is_the_eager_one(pipeline, images):
     assert error(found, expected) < STEP_BOUND[torch.float32]
 
 
-# Known bugs of PyTorch. The first two are of kernels for GPUs, and `compiled` turns off what they come from.
+# Known bugs of PyTorch, of kernels for GPUs: `compiled` turns off what they come from.
 
 
 def against_compiled(function, inputs, parameters, dtype) -> float:
@@ -170,14 +170,6 @@ def test_gradients_beside_concatenations(dtype, bound):
     x = torch.rand(4, 64, 81, 81, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
     for function in (block.forward, block.plain):
         assert against_compiled(function, [x], list(block.parameters()), dtype) < bound
-
-
-def test_generator_makes_no_strided_view_of_channels_last(pipeline, images):
-    """pytorch 174963: as_strided of a channels_last tensor is wrong under torch.compile; nothing here calls it."""
-    with Operators() as seen:
-        torch.autograd.grad(pipeline.restore.network(images).sum(), list(pipeline.restore.network.parameters()))
-    assert "aten::convolution_backward" in seen.names
-    assert not [name for name in seen.names if "as_strided" in name]
 
 
 @needs_gpu

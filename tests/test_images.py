@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import re
 import resource
 import signal
 import struct
@@ -118,11 +117,10 @@ READ = {
 }
 TEXTS = {
     "empty": b"",
-    "text": b"not an image\n",
     "zeros": bytes(10_000),
-    "a page": b"<!doctype html><title>404</title>",
+    "page": b"<!doctype html>",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
 }
-TEXTS["svg"] = b"<svg xmlns='http://www.w3.org/2000/svg'/>"
 REFUSED = {
     **{f"{name}.jpg": (data, NO_IMAGE) for name, data in TEXTS.items()},
     "cut at 10 %.jpg": (JPEG[: len(JPEG) // 10], ""),
@@ -197,8 +195,7 @@ def in_a_child(work, more: int = resource.RLIM_INFINITY):
 def test_a_file_that_may_not_be_read(tmp_path):
     """By a user who is not root, whom nothing refuses."""
     path = tmp_path / "secret.png"
-    path.write_bytes(READ["plain.png"][0])
-    path.chmod(0)
+    path.touch(0)
     for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         folder.chmod(0o755)
 
@@ -229,22 +226,6 @@ def listed(folder: Path) -> dict[str, str]:
 
 def printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-@pytest.mark.parametrize("how", [[], ["--link"]])
-def test_the_samplers_copy_every_file_as_it_is(start, experiment, how):
-    """What is no file is left out and said."""
-    write_corpus(experiment / "train_original" / "odd")
-    (experiment / "val_original").symlink_to("train_original")
-    expected = {p.name: p.read_bytes() for p in (experiment / "train_original" / "odd").iterdir() if p.is_file()}
-    for script, targets in (("img_sampler_train", ["a"]), ("img_sampler_val", ["b", "c"])):
-        options = ("--set=data.train_fraction=1", "--set=data.train=a", "--set=data.val=b", "--set=data.test=c")
-        result = start(script, *how, *options)
-        assert result.code == 0, result.err
-        found = [path for target in targets for path in (experiment / target / "odd").iterdir()]
-        assert {path.name: path.read_bytes() for path in found} == expected
-        assert not any(path.is_symlink() for path in found)
-        assert sum(map(int, re.findall(r"left out (\d+)", result.out))) == 3
 
 
 def check_list(result, others: dict[str, str], prefix: str = "") -> Path:
@@ -322,16 +303,15 @@ def mutated(rng: random.Random) -> bytes:
     data = bytearray(rng.choice([JPEG, PNG]))
     for _ in range(rng.choice([1, 1, 2, 5, 20])):
         place = rng.randrange(len(data))
-        some = data[place : place + rng.randrange(1, 40)]
         match rng.randrange(4):
             case 0:
                 data[place] ^= 1 << rng.randrange(8)
             case 1:
                 data[place] = rng.choice([0, 1, 127, 128, 255])
             case 2:
-                del data[place : place + len(some)]
+                del data[place : place + rng.randrange(1, 40)]
             case _:
-                data[place:place] = some
+                data[place:place] = data[place : place + rng.randrange(1, 40)]
         if len(data) < 2:
             break
     return bytes(data)

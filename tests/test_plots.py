@@ -18,26 +18,27 @@ from experiment import plots
 from experiment.metrics import COLUMNS
 
 
-def simulated(classes: int, per_class: int) -> tuple[list[dict], list[dict]]:
-    """Rows of the evaluation and of `per_class` with plausible accuracies."""
-    rng = np.random.default_rng(0)
-    rows, table = [], []
-    skill = rng.beta(6, 2, classes)
-    for variant, factor in (("Original", 1.0), ("Bilinear", 0.55), ("Pixels", 0.6), ("DarioNet", 0.9)):
-        for c in range(classes):
-            right = rng.random(per_class) < skill[c] * factor
-            rows += [{"image": f"c{c}/{i}", "variant": variant, "correct": int(r)} for i, r in enumerate(right)]
-            names = {"class": f"c{c}", "label": f"a class with a rather long name {c}"}
-            table.append({"variant": variant, **names, "n": per_class, "f1": float(right.mean())})
-    return rows, table
+def class_rows(names: list[str], n: int = 20, **f1: list[float]) -> list[dict]:
+    return [{"variant": v, "class": c, "label": c, "n": n, "f1": f1[v][i]} for i, c in enumerate(names) for v in f1]
+
+
+def draw_results(folder, classes: list[dict], shares: dict[str, float], images: int) -> None:
+    """The figures of an evaluation in which each variant is right on a share of the images."""
+    chance = np.random.default_rng(0)
+    plots.f1_difference(classes, folder / "f1_difference.png")
+    plots.class_bars(classes, folder / "classes.png")
+    rows = [(str(i), v, int(chance.random() < share)) for v, share in shares.items() for i in range(images)]
+    plots.decision_strip(
+        [dict(zip(("image", "variant", "correct"), row, strict=True)) for row in rows], folder / "d.png"
+    )
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(10, 30), (1000, 3)])
 def test_figures_of_few_and_of_many_classes(tmp_path, classes, per_class):
-    rows, table = simulated(classes, per_class)
-    plots.f1_difference(table, tmp_path / "f1_difference.png")
-    plots.class_bars(table, tmp_path / "classes.png")
-    plots.decision_strip(rows, tmp_path / "decisions.png")
+    chance, shares = np.random.default_rng(0), {"Original": 0.75, "Bilinear": 0.4, "Pixels": 0.45, "DarioNet": 0.7}
+    f1 = {variant: chance.binomial(per_class, share, classes) / per_class for variant, share in shares.items()}
+    names = [f"a class with a rather long name {c}" for c in range(classes)]
+    draw_results(tmp_path, class_rows(names, n=per_class, **f1), shares, classes * per_class)
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L"))
@@ -75,50 +76,33 @@ def texts(monkeypatch) -> set[str]:
         yield found
 
 
-def class_rows(names: list[str], n: int = 20, **f1: list[float]) -> list[dict]:
-    return [{"variant": v, "class": c, "label": c, "n": n, "f1": f1[v][i]} for i, c in enumerate(names) for v in f1]
-
-
-def draw_all(folder, names: list[str], ours: str) -> None:
-    """Every figure with these names in every place that takes one."""
-    image = torch.rand(3, 16, 16)
-    f1 = {"Original": [0.9] * len(names), "Bilinear": [0.2] * len(names), ours: [0.5] * len(names)}
-    classes = class_rows(names, **f1)
-    plots.f1_difference(classes, folder / "f1_difference.png", ours)
-    plots.class_bars(classes, folder / "classes.png", count=20, ours=ours)
-    rows = [{"image": n, "variant": v, "correct": 1} for n in names for v in ("Original", ours, "Bilinear")]
-    plots.decision_strip(rows, folder / "decisions.png", ours)
-    few = names[:2]  # images are slow to draw
-    plots.image_grid({name: [image] for name in few}, [[(n, "red") for n in few]], folder / "grid.png")
-    plots.scales([(name, [image]) for name in few], [names[0]], folder / "scales.png")
-    plots.panels([(name, image, name) for name in few], 2, folder / "panels.png")
-    plots.pipeline_figure([(name, image) for name in few], [(n, 0.5) for n in names], folder / "pipeline.png")
-    keys = [key for _, form, *keys in COLUMNS for key in keys if form]
-    variants = [{"name": name} | dict.fromkeys(keys, 0.5) for name in [*names, ours]]
-    plots.results_table(variants, f"in {names[0]}", folder / "table.png", ours)
-    drawn = [(name, folder / "table.png") for name in names]
-    plots.report(names[0], "\n".join(names), {"data": {"test": names[0]}}, drawn, folder / "report.pdf")
-
-
 AWKWARD = ["$10_to_$20", "a$b$c", r"$\frac{1}{", r"\alpha_{2}^3", "x_$_y^", "#1 & 50 %", "{0}", "<b>&amp;", "~"]
 SCRIPTS = ["\u043a\u043e\u0442", "\u0642\u0637\u0629", "cafe\u0301", "\u732b", "\ud55c\uad6d", "\U0001f9a5", "a\tb"]
 
 
 def test_names_are_shown_as_they_are(tmp_path, texts):
-    """Nothing is a formula, a mark-up or a format; what no font has is no error; what is no text is shown as codes."""
-    draw_all(tmp_path, [*AWKWARD, *SCRIPTS, "a\udcff"], ours="$x$_net.pt")
-    assert {*AWKWARD, *SCRIPTS, r"a\udcff", "$x$_net.pt"} <= texts
-    assert len(list(tmp_path.iterdir())) == 9
+    """Nothing is a formula, a mark-up or a format; what no font has is no error; what is no text is shown as codes.
 
-
-def test_the_line_under_the_last_row_is_whole(tmp_path):
-    notes = ["Photograph: somebody with quite a long name, CC BY 2.0, example.org/a/page/with/a/long/address"] * 2
-    few = {"a": [torch.full((3, 8, 8), 0.9)] * 2, "b": [torch.full((3, 8, 8), 0.9)] * 2}
-    plots.image_grid(few, [[("x", "red")] * 2] * 2, tmp_path / "a.png", notes)
-    ink = np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 128
-    rows = np.flatnonzero(ink.any(axis=1))
-    assert len(ink) - rows[-1] > 10 and not ink[:, -5:].any()  # a margin below the letters and beside them
-    assert ink[rows[-1] - 25 : rows[-1] + 1, :400].sum() > 500
+    Every figure, with these names in every place that takes one.
+    """
+    names, ours, image = [*AWKWARD, *SCRIPTS, "a\udcff"], "$x$_net.pt", torch.rand(3, 16, 16)
+    f1 = {"Original": [0.9] * len(names), "Bilinear": [0.2] * len(names), ours: [0.5] * len(names)}
+    classes = class_rows(names, **f1)
+    plots.f1_difference(classes, tmp_path / "f1_difference.png", ours)
+    plots.class_bars(classes, tmp_path / "classes.png", count=20, ours=ours)
+    rows = [{"image": n, "variant": v, "correct": 1} for n in names for v in ("Original", ours, "Bilinear")]
+    plots.decision_strip(rows, tmp_path / "decisions.png", ours)
+    few = names[:2]  # images are slow to draw
+    plots.image_grid({name: [image] for name in few}, [[(n, "red") for n in few]], tmp_path / "grid.png")
+    plots.scales([(name, [image]) for name in few], [names[0]], tmp_path / "scales.png")
+    plots.panels([(name, image, name) for name in few], 2, tmp_path / "panels.png")
+    plots.pipeline_figure([(name, image) for name in few], [(n, 0.5) for n in names], tmp_path / "pipeline.png")
+    keys = [key for _, form, *keys in COLUMNS for key in keys if form]
+    variants = [{"name": name} | dict.fromkeys(keys, 0.5) for name in [*names, ours]]
+    plots.results_table(variants, f"in {names[0]}", tmp_path / "table.png", ours)
+    drawn = [(name, tmp_path / "table.png") for name in names]
+    plots.report(names[0], "\n".join(names), {"data": {"test": names[0]}}, drawn, tmp_path / "report.pdf")
+    assert {*AWKWARD, *SCRIPTS, r"a\udcff", ours} <= texts and len(list(tmp_path.iterdir())) == 9
 
 
 @pytest.mark.parametrize("top", [1.5, 1000, 0.0, None, float("nan")])
@@ -182,12 +166,9 @@ def test_one_image_per_class(tmp_path, texts):
 @pytest.mark.parametrize("f1", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
 def test_few_classes_all_right_and_all_wrong(tmp_path, texts, f1, names):
-    values = [f1] * len(names)
-    classes = class_rows(names, n=1, Original=values, Bilinear=values, DarioNet=values)
-    plots.f1_difference(classes, tmp_path / "f1_difference.png")
-    plots.class_bars(classes, tmp_path / "classes.png")
-    rows = [{"image": "a", "variant": v, "correct": int(f1)} for v in ("Original", "DarioNet", "Bilinear")]
-    plots.decision_strip(rows, tmp_path / "decisions.png")
+    variants = ("Original", "Bilinear", "DarioNet")
+    classes = class_rows(names, n=1, **{variant: [f1] * len(names) for variant in variants})
+    draw_results(tmp_path, classes, dict.fromkeys(variants, int(f1)), 1)
     assert len(list(tmp_path.iterdir())) == 3
 
 
