@@ -225,10 +225,11 @@ def test_other_files_are_counted_by_ending(start, originals, capfd):
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize("suffix", sorted(set(ENDINGS) - {".mpo"}))
+@pytest.mark.parametrize("suffix", sorted(ENDINGS))
 def test_every_ending_that_is_listed_is_read(tmp_path, suffix):
-    mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
-    Image.new(mode, (32, 32), "white").save(tmp_path / f"a{suffix.upper()}", ENDINGS[suffix])
+    image = Image.new({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"), (32, 32), "white")
+    two = {"save_all": True, "append_images": [image]} if suffix == ".mpo" else {}
+    image.save(tmp_path / f"a{suffix.upper()}", "MPO" if two else ENDINGS[suffix], **two)
     assert read_image(tmp_path / open_images(str(tmp_path))[0]).getpixel((9, 9)) == (255, 255, 255)
 
 
