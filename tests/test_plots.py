@@ -27,10 +27,11 @@ def draw_results(folder, classes: list[dict], shares: dict[str, float], images: 
     chance = np.random.default_rng(0)
     plots.f1_difference(classes, folder / "f1_difference.png")
     plots.class_bars(classes, folder / "classes.png")
-    rows = [(str(i), v, int(chance.random() < share)) for v, share in shares.items() for i in range(images)]
-    plots.decision_strip(
-        [dict(zip(("image", "variant", "correct"), row, strict=True)) for row in rows], folder / "d.png"
-    )
+    rows = []
+    for variant, share in shares.items():
+        right = chance.random(images) < share
+        rows += [{"image": str(i), "variant": variant, "correct": int(one)} for i, one in enumerate(right)]
+    plots.decision_strip(rows, folder / "decisions.png")
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(10, 30), (1000, 3)])
