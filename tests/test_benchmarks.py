@@ -49,6 +49,5 @@ def test_time_to_result(trained, monkeypatch, capfd, start):
     for name, rows in found["recipes"].items():
         assert len(rows) == 2 and rows[0]["minutes"] <= rows[1]["minutes"]
         torch.save(torch.load(folders[name] / "checkpoint.pt", weights_only=True)["network"], "DarioNet.pt")
-        written = trained / start("test").out.split()[-1] / "results.json"
-        row = json.loads(written.read_text())["variants"][-1]
+        row = json.loads((trained / start("test").out.split()[-1] / "results.json").read_text())["variants"][-1]
         assert (row["accuracy"], row["recovered"]) == (rows[1]["accuracy"], rows[1]["recovered"])

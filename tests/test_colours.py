@@ -1,6 +1,5 @@
 """Colours that are not sRGB: a profile or a PNG's gamma makes them the same picture; what is broken is passed over."""
 
-import io
 import struct
 import zlib
 
@@ -18,6 +17,7 @@ SPACES = {
     "Adobe RGB": ([[0.60974, 0.31111, 0.01947], [0.20528, 0.62567, 0.06087], [0.14919, 0.06322, 0.74457]], 2.2),
     "ProPhoto": ([[0.79767, 0.28804, 0.0], [0.13519, 0.71188, 0.0], [0.03134, 0.00009, 0.82491]], 1.8),
 }
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 PICTURE = np.random.default_rng(0).integers(50, 256, (40, 50, 3))
 GREY = np.tile(np.arange(60, 256), (8, 1))
 
@@ -38,6 +38,13 @@ def numbers(*values: float) -> bytes:
     return struct.pack(f">{len(values)}i", *(round(value * 65536) for value in values))
 
 
+def point(*xyz: float) -> bytes:
+    return b"XYZ " + bytes(4) + numbers(*xyz)
+
+
+WHITE = {b"wtpt": point(0.9642, 1.0, 0.8249)}
+
+
 def curve(exponent: float) -> bytes:
     return b"curv" + bytes(4) + struct.pack(">IHxx", 1, round(exponent * 256))
 
@@ -55,9 +62,9 @@ def icc(space: bytes, tags: dict[bytes, bytes], connection: bytes = b"XYZ ") -> 
 
 def rgb_profile(name: str) -> bytes:
     matrix, exponent = SPACES[name]
-    tags = {b"wtpt": b"XYZ " + bytes(4) + numbers(0.9642, 1.0, 0.8249)}
+    tags = WHITE
     for letter, row in zip("rgb", matrix, strict=True):
-        tags |= {f"{letter}XYZ".encode(): b"XYZ " + bytes(4) + numbers(*row), f"{letter}TRC".encode(): curve(exponent)}
+        tags = tags | {f"{letter}XYZ".encode(): point(*row), f"{letter}TRC".encode(): curve(exponent)}
     return icc(b"RGB ", tags)
 
 
@@ -69,26 +76,13 @@ def read(tmp_path, contents: bytes) -> np.ndarray:
 @pytest.mark.parametrize("name", SPACES)
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG", "AVIF"])
 def test_profiles_of_every_format(tmp_path, name, kind):
-    options = {
-        "WEBP": {"lossless": True},
-        "JPEG": {"quality": 100, "subsampling": 0},
-        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
-    }
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}
+    options["AVIF"] = {"quality": 100, "subsampling": "4:4:4"}
     image = Image.fromarray(in_space(name))
     contents = encoded(image, kind, icc_profile=rgb_profile(name), **options.get(kind, {}))
     difference = np.abs(read(tmp_path, contents) - PICTURE)
     lossy = kind in ("JPEG", "AVIF")
     assert difference.mean() <= (3 if lossy else 1.2) and (lossy or difference.max() <= 6)
-
-
-def test_srgb_itself_stays_as_it_is(tmp_path):
-    """To the bit, with the profile that most photographs carry."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    image = Image.fromarray(PICTURE.astype(np.uint8))
-    assert (read(tmp_path, encoded(image, "PNG", icc_profile=profile)) == PICTURE).all()
-    for gamma in (0.45455, 0.45):
-        before = chunk(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
-        assert (read(tmp_path, png_of(PICTURE, before)) == PICTURE).all()
 
 
 def test_a_profile_with_transparency_and_a_palette(tmp_path):
@@ -105,8 +99,7 @@ def test_a_profile_with_transparency_and_a_palette(tmp_path):
 
 def test_a_grey_profile(tmp_path):
     stored = Image.fromarray(np.round(light_of(GREY) ** (1 / 1.4) * 255).astype(np.uint8))
-    white = {b"wtpt": b"XYZ " + bytes(4) + numbers(0.9642, 1.0, 0.8249)}
-    profile = icc(b"GRAY", white | {b"kTRC": curve(1.4)})
+    profile = icc(b"GRAY", WHITE | {b"kTRC": curve(1.4)})
     for image, kind in ((stored, "PNG"), (stored, "TIFF"), (stored.convert("LA"), "PNG")):
         assert np.abs(read(tmp_path, encoded(image, kind, icc_profile=profile)) - GREY[..., None]).max() <= 3
 
@@ -127,42 +120,40 @@ def test_a_cmyk_profile(tmp_path):
             assert np.abs(read(tmp_path, contents) - expected).max() <= 2, (kind, ink)
 
 
-@pytest.mark.parametrize("profile", [b"no profile", rgb_profile("ProPhoto")[:200], icc(b"GRAY", {}), cmyk_profile()])
-def test_a_profile_that_does_not_fit_counts_as_none(tmp_path, profile):
-    image = Image.fromarray(PICTURE.astype(np.uint8))
-    assert (read(tmp_path, encoded(image, "PNG", icc_profile=profile)) == PICTURE).all()
-
-
 def png_of(pixels: np.ndarray, before: bytes) -> bytes:
     rows = b"".join(b"\0" + row.astype(np.uint8).tobytes() for row in pixels)
     return png(pixels.shape[1], pixels.shape[0], 8, 2, zlib.compress(rows), before)
 
 
+def gamma_of(value: float) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", round(value * 100_000)))
+
+
+SRGB_CICP, PQ_CICP = (chunk(b"cICP", bytes([*kind, 0, 1])) for kind in ((1, 13), (9, 16)))
+PROFILES = [SRGB, b"no profile", rgb_profile("ProPhoto")[:200], icc(b"GRAY", {}), cmyk_profile()]
+AS_STORED = [encoded(Image.fromarray(PICTURE.astype(np.uint8)), "PNG", icc_profile=profile) for profile in PROFILES]
+AS_STORED += [png_of(PICTURE, gamma_of(value)) for value in (0.45455, 0.45, 0, 1e-5, 21474.83647)]
+
+
+@pytest.mark.parametrize("contents", [*AS_STORED, png_of(PICTURE, SRGB_CICP)], ids=range(len(AS_STORED) + 1))
+def test_what_is_srgb_or_says_nothing_sensible_stays_as_it_is(tmp_path, contents):
+    """To the bit: with sRGB's profile, gamma or cICP, with a profile that does not fit, with a gamma that is none."""
+    assert (read(tmp_path, contents) == PICTURE).all()
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.55556, 0.35])
 def test_gamma_of_a_png(tmp_path, gamma):
     stored = np.round(light_of(PICTURE) ** gamma * 255)
-    before = chunk(b"gAMA", struct.pack(">I", round(gamma * 100_000)))
-    assert np.abs(read(tmp_path, png_of(stored, before)) - PICTURE).max() <= 5
-    sure = before + chunk(b"sRGB", b"\0")  # which says that gAMA is for others
-    assert (read(tmp_path, png_of(stored, sure)) == stored).all()
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    sure = before + chunk(b"iCCP", b"a\0\0" + zlib.compress(profile))
-    assert (read(tmp_path, png_of(stored, sure)) == stored).all()
-
-
-@pytest.mark.parametrize("gamma", [0, 1, 2**31 - 1])
-def test_a_gamma_that_is_none(tmp_path, gamma):
-    before = chunk(b"gAMA", struct.pack(">I", gamma))
-    assert (read(tmp_path, png_of(PICTURE, before)) == PICTURE).all()
+    assert np.abs(read(tmp_path, png_of(stored, gamma_of(gamma))) - PICTURE).max() <= 5
+    for sure in (chunk(b"sRGB", b"\0"), chunk(b"iCCP", b"a\0\0" + zlib.compress(SRGB))):  # gAMA is for others
+        assert (read(tmp_path, png_of(stored, gamma_of(gamma) + sure)) == stored).all()
 
 
 def test_cicp_of_a_png(tmp_path):
-    """sRGB is read; other colours only by the profile that stands beside them; PQ, as HDR screenshots have, never."""
-    srgb, pq = (chunk(b"cICP", bytes([*kind, 0, 1])) for kind in ((1, 13), (9, 16)))
-    assert (read(tmp_path, png_of(PICTURE, srgb)) == PICTURE).all()
+    """Colours are read only by the profile that stands beside them; PQ, as HDR screenshots have, never."""
     with pytest.raises(UnreadableImage, match="cICP"):
-        read(tmp_path, png_of(PICTURE, pq))
-    beside = pq + chunk(b"iCCP", b"a\0\0" + zlib.compress(rgb_profile("Display P3")))
+        read(tmp_path, png_of(PICTURE, PQ_CICP))
+    beside = PQ_CICP + chunk(b"iCCP", b"a\0\0" + zlib.compress(rgb_profile("Display P3")))
     assert np.abs(read(tmp_path, png_of(in_space("Display P3"), beside)) - PICTURE).mean() < 1.2
 
 
@@ -177,12 +168,10 @@ def test_colours_are_converted_once():
 def test_a_first_frame_that_is_smaller_than_its_canvas(tmp_path, transparent):
     """Of a GIF: what it leaves is white, as in browsers."""
     palette = bytes([200, 30, 60, 0, 0, 255])
-    file = io.BytesIO()
-    file.write(b"GIF89a" + struct.pack("<HHBBB", 6, 5, 0x80, 0, 0) + palette)
+    contents = b"GIF89a" + struct.pack("<HHBBB", 6, 5, 0x80, 0, 0) + palette
     if transparent is not None:
-        file.write(b"\x21\xf9\x04\x01\x00\x00" + bytes([transparent, 0]))
-    file.write(b"," + struct.pack("<HHHHB", 2, 1, 2, 2, 0) + b"\x02\x03\x4c\x12\x05\x00;")  # four pixels of colour 1
-    found = read(tmp_path, file.getvalue())
+        contents += b"\x21\xf9\x04\x01\x00\x00" + bytes([transparent, 0])
+    contents += b"," + struct.pack("<HHHHB", 2, 1, 2, 2, 0) + b"\x02\x03\x4c\x12\x05\x00;"  # four pixels of colour 1
     expected = np.full((5, 6, 3), 255)
     expected[1:3, 2:4] = (0, 0, 255)
-    assert (found == expected).all()
+    assert (read(tmp_path, contents) == expected).all()

@@ -1,25 +1,16 @@
 import copy
 import math
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
-from conftest import CLASSES, Listing
 from torch import nn
 from tqdm import tqdm
 
 from benchmarks.correctness import loss_of, pipeline_of
+from experiment import distillation
 from experiment.data import Batch
-from experiment.distillation import (
-    TERMS,
-    Losses,
-    compare,
-    distillation_loss,
-    ema_update,
-    learning_rate_at,
-    psnr_db,
-    validate,
-)
 from experiment.parameters import LossSection
 from experiment.run import Run
 from experiment.runtime import Runtime, Stopper
@@ -51,7 +42,7 @@ def test_every_term_is_its_formula(pipeline):
         "features": (looks[0].features - looks[1].features).square().mean(),
         "maps": sum(shares) / len(shares),
     }
-    assert len(shares) == 4 and set(expected) == set(TERMS) == set(LossSection.model_fields)
+    assert len(shares) == 4 and set(expected) == set(distillation.TERMS) == set(LossSection.model_fields)
     for name, value in expected.items():
         losses = loss_of(pipeline, images, **{name: 1.0})
         torch.testing.assert_close(losses.total, value)
@@ -59,7 +50,7 @@ def test_every_term_is_its_formula(pipeline):
     mixed = sum(weights[name] * value for name, value in expected.items())
     losses = loss_of(pipeline, images, **weights)
     torch.testing.assert_close(losses.total, mixed)
-    torch.testing.assert_close(losses.psnr_db, psnr_db(rebuilt, images))
+    torch.testing.assert_close(losses.psnr_db, distillation.psnr_db(rebuilt, images))
     assert losses.on_rebuilt is not None and loss_of(pipeline, images, pixels=1.0).on_rebuilt is None
 
 
@@ -69,33 +60,19 @@ def test_several_teachers_are_averaged_and_the_first_is_reported(pipeline):
     images, small = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 10, 10)
     options = {"weights": {"logits": 1.0}, "with_logits": True}
     one, two, both = (
-        distillation_loss(images, small, pipeline.restore, teachers, **options)
+        distillation.distillation_loss(images, small, pipeline.restore, teachers, **options)
         for teachers in ([pipeline.classifier], [other], [pipeline.classifier, other])
     )
     torch.testing.assert_close(both.total, (one.total + two.total) / 2)
     assert both.on_rebuilt.equal(one.on_rebuilt) and both.on_original.equal(one.on_original)
-
-
-def test_what_is_compared_is_computed_once_and_pixels_alone_ask_no_teacher(pipeline):
-    calls = []
-
-    def restore(small, size):
-        calls.append(size)
-        return pipeline.restore(small, size)
-
-    images = torch.rand(2, 3, 32, 32)
-    compared = compare(images, pipeline.reduce(images), restore, [pipeline.classifier])
-    for term in TERMS.values():
-        term(compared)
-    assert calls == [(32, 32)]
-    distillation_loss(images, pipeline.reduce(images), restore, [None], {"pixels": 1.0})  # None could not look
+    distillation.distillation_loss(images, small, pipeline.restore, [None], {"pixels": 1.0})  # asks no teacher
 
 
 def test_a_clamp_that_passes_gradients(pipeline):
     unclamped = torch.tensor([-0.5, 0.5, 1.5]).repeat(1, 3, 1, 1).requires_grad_()
     for clamp_gradient, expected in ((True, [0.0, 1.0, 0.0]), (False, [1.0, 1.0, 1.0])):
         small = unclamped.detach()
-        compared = compare(small, small, lambda small, size: unclamped, [], clamp_gradient=clamp_gradient)
+        compared = distillation.compare(small, small, lambda small, size: unclamped, [], clamp_gradient=clamp_gradient)
         assert compared.rebuilt.detach().equal(unclamped.detach().clamp(0, 1))
         (gradient,) = torch.autograd.grad(compared.rebuilt.sum(), unclamped)
         assert gradient[0, 0, 0].tolist() == expected
@@ -106,30 +83,25 @@ def test_averaged_weights_start_at_the_first_and_then_move_slowly():
     for module, value in ((average, 0.0), (network, 1.0)):
         module.requires_grad_(False)
         module.weight.fill_(value)
-    ema_update(average, network, 0.99, 0)
+    distillation.ema_update(average, network, 0.99, 0)
     assert average.weight.item() == pytest.approx(0.9)  # 1 - 1 / 10
     network.weight.fill_(0)
-    ema_update(average, network, 0.99, 10**6)
+    distillation.ema_update(average, network, 0.99, 10**6)
     assert average.weight.item() == pytest.approx(0.9 * 0.99)
 
 
-def test_gradient_reaches_every_weight_of_the_network_and_none_of_the_teacher(pipeline):
-    loss_of(pipeline, torch.rand(2, 3, 32, 32), logits=1.0, features=1.0, maps=1.0).total.backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.restore.network.parameters())
-    assert all(p.grad is None for p in pipeline.classifier.parameters())
-
-
 def test_learning_rates():
-    assert [learning_rate_at(s, 100, 1.0, "constant", 0) for s in (0, 50, 99)] == [1, 1, 1]
-    assert [learning_rate_at(s, 100, 1.0, "constant", 3) for s in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1]
-    assert learning_rate_at(0, 100, 2.0, "cosine", 0) == 2
-    assert learning_rate_at(50, 100, 2.0, "cosine", 0) == pytest.approx(1)
-    assert learning_rate_at(100, 100, 2.0, "cosine", 0) == pytest.approx(0)
+    def rates(steps, *schedule):
+        return [distillation.learning_rate_at(step, 100, 2.0, *schedule) for step in steps]
+
+    assert rates((0, 50, 99), "constant", 0) == [2, 2, 2]
+    assert rates((0, 1, 2, 3), "constant", 3) == [0.5, 1, 1.5, 2]
+    assert rates((0, 50, 100), "cosine", 0) == pytest.approx([2, 1, 0])
 
 
 def test_psnr_of_each_image():
     images = torch.zeros(3, 3, 4, 4)
-    found = psnr_db(torch.stack([images[0] + 0.1, images[0] + 1, images[0]]), images)
+    found = distillation.psnr_db(torch.stack([images[0] + 0.1, images[0] + 1, images[0]]), images)
     assert found.tolist() == pytest.approx([20, 0, 100])
 
 
@@ -146,14 +118,13 @@ def run_of(pipeline, scaler=None) -> Run:
 def run_epoch(run: Run, pipeline, loss, batches: list[Batch]) -> None:
     """Steps on all batches; `loss` maps (pipeline, images) to Losses."""
     for batch in batches:
-        images = batch.images.float() / 255
-        run.step(loss(pipeline, images) if len(images) else None, batch, 1e-3)
+        run.step(loss(pipeline, batch.images.float() / 255) if len(batch.images) else None, batch, 1e-3)
 
 
 def drawn_batches(count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, 2, 3, 32, 32), dtype=torch.uint8, generator=generator)
-    return [Batch(images, torch.arange(2), []) for images in pixels]
+    return [Batch(images, torch.arange(2) + 2 * i, []) for i, images in enumerate(pixels)]
 
 
 def weights_of(module) -> dict:
@@ -169,40 +140,15 @@ def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline
     run = run_of(pipeline)
     pipeline.train()
     run_epoch(run, pipeline, partial(loss_of, logits=1.0, features=1.0, maps=1.0), drawn_batches(3))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.restore.network.parameters())
+    assert all(p.grad is None for p in pipeline.classifier.parameters())
     assert same(teacher, weights_of(pipeline.classifier))
     assert not same(network, weights_of(pipeline.restore.network))
     assert (run.state.batch, run.state.images, run.state.skipped) == (3, 6, 0)
 
 
-def bad_loss(good_after: int):
-    """A loss that is not finite for the first calls."""
-    calls = []
-
-    def loss(pipeline, images):
-        losses = loss_of(pipeline, images, pixels=1.0)
-        calls.append(1)
-        factor = math.nan if len(calls) <= good_after else 1.0
-        return Losses(losses.total * factor, losses.psnr_db)
-
-    return loss
-
-
-def test_a_step_with_a_loss_that_is_not_finite_is_not_taken(pipeline):
-    before, run = weights_of(pipeline.restore.network), run_of(pipeline)
-    run_epoch(run, pipeline, bad_loss(9), drawn_batches(9))
-    assert same(before, weights_of(pipeline.restore.network))
-    assert (run.state.skipped, run.state.images) == (9, 0)
-    run_epoch(run, pipeline, bad_loss(0), drawn_batches(1))
-    assert not same(before, weights_of(pipeline.restore.network)) and run.state.bad_in_a_row == 0
-
-
-def test_ten_in_a_row_stop_the_run(pipeline):
-    with pytest.raises(InputError, match="not finite 10 times in a row"):
-        run_epoch(run_of(pipeline), pipeline, bad_loss(99), drawn_batches(12))
-
-
 def test_overflow_of_scaled_gradients(pipeline):
-    """The scale settles over as many steps as it takes; gradients that overflow at a scale under 1 are a fault."""
+    """The scale settles over as many steps as it takes; gradients that overflow at any scale stop the run."""
 
     def loss(pipeline, images):
         losses = loss_of(pipeline, images, pixels=1.0)
@@ -240,45 +186,22 @@ def test_an_unreadable_image_leaves_the_gradient_of_the_others(pipeline):
 
 
 def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
-    batches, calls = drawn_batches(2), []
-
-    def restore(small, size):
-        calls.append(1)
-        return pipeline.restore(small, size)
+    batches, restore = drawn_batches(2), Mock(side_effect=pipeline.restore)
 
     def loss(images):
+        weights = dict.fromkeys(distillation.TERMS, 1.0)
         small = pipeline.reduce(images)
-        return distillation_loss(images, small, restore, [pipeline.classifier], {"pixels": 1.0}, with_logits=True)
+        return distillation.distillation_loss(images, small, restore, [pipeline.classifier], weights, with_logits=True)
 
     images = torch.cat([batch.images for batch in batches]).float() / 255
     targets = pipeline.classifier(images).argmax(1).tolist()
-    batches = [Batch(b.images, torch.arange(2) + 2 * i, []) for i, b in enumerate(batches)]
-    scores = validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
-    assert len(calls) == 2
+    scores = distillation.validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
+    assert restore.call_count == 2
     with torch.no_grad():
         rebuilt, logits = pipeline(images)[1:]
-    assert scores["val_psnr_db"] == pytest.approx(psnr_db(rebuilt, images).mean().item(), abs=1e-3)
-    agreeing = sum(a == b for a, b in zip(logits.argmax(1).tolist(), targets, strict=True))
-    assert scores["val_accuracy"] == scores["val_agreement"] == agreeing / 4
-    with torch.no_grad():
+        assert scores["val_psnr_db"] == pytest.approx(distillation.psnr_db(rebuilt, images).mean().item(), abs=1e-3)
+        agreeing = (logits.argmax(1) == torch.tensor(targets)).float().mean().item()
+        assert scores["val_accuracy"] == scores["val_agreement"] == agreeing
         pipeline.classifier.network.fc.weight.fill_(math.nan)
     with pytest.raises(InputError, match="not finite"):
-        validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))
-
-
-@pytest.mark.parametrize(
-    ("count", "bad", "stops"), [(1000, 300, False), (1001, 1, False), (1001, 2, True), (9, 9, True)]
-)
-def test_how_many_may_be_unreadable(pipeline, tmp_path, count, bad, stops):
-    run, images = run_of(pipeline), Listing(["all"] * count)
-    images.paths, run.folder = [f"{i}.png" for i in range(count)], tmp_path
-    run.state.unreadable = dict.fromkeys(range(bad), "broken")
-    if stops:
-        with pytest.raises(InputError, match=f"{bad} of {count} training images can't be read"):
-            run.refuse_unreadable(images)
-    else:
-        run.refuse_unreadable(images)
-
-
-def test_classes_of_the_experiment(experiment):
-    assert open_classifier("resnet18", "classifier.pt").class_names == CLASSES
+        distillation.validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))

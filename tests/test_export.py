@@ -1,6 +1,7 @@
 """What is written for other programs gives what torch gives."""
 
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -15,23 +16,12 @@ from models.rrdbnet import RRDBNet
 from models.scaler import Scaler
 from models.weights import save_weights, trained_for
 
-NETWORK = """
-from torch import nn
-
-CLASS_NAMES = ["a", "b", "c"]
-
-
-def network():
-    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, 3))
-"""
-
 
 def test_safetensors(start, trained):
     pytest.importorskip("safetensors")
-    result = start("examples/export", "out/DarioNet.safetensors")
-    assert result.code == 0 and result.out.splitlines()[-1] == "out/DarioNet.safetensors", result
-    assert "growth 32" in result.out
     path = "out/DarioNet.safetensors"
+    result = start("examples/export", path)
+    assert result.code == 0 and result.out.splitlines()[-1] == path and "growth 32" in result.out
     states = [load_rrdbnet(p).state_dict() for p in ("DarioNet.pt", path)]
     assert all(tensor.equal(states[1][key]) for key, tensor in states[0].items())
     assert row_name(path) == "DarioNet" and trained_for(path) == {"loss": {"logits": 1.0}}
@@ -106,26 +96,21 @@ def test_a_file_that_appears_meanwhile_is_not_replaced(start, trained, monkeypat
     pytest.importorskip("safetensors")
     from safetensors import torch as package
 
-    save = package.save
-
-    def save_late(*arguments) -> bytes:
-        Path("a.safetensors").write_text("mine")
-        return save(*arguments)
-
-    monkeypatch.setattr(package, "save", save_late)
+    save, path = package.save, Path("a.safetensors")
+    monkeypatch.setattr(package, "save", lambda *arguments: path.write_text("mine") and save(*arguments))
     one_line(start("examples/export", "a.safetensors"), "a.safetensors: already exists")
-    assert Path("a.safetensors").read_text() == "mine"
+    assert path.read_text() == "mine"
 
 
 def test_onnx_of_the_whole_chain(start, trained):
     pytest.importorskip("onnxscript")
-    Path("network.py").write_text(NETWORK)
+    layers = "nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, 3)"
+    code = f"from torch import nn\nCLASS_NAMES = [*'abc']\n\ndef network():\n    return nn.Sequential({layers})\n"
+    Path("network.py").write_text(code)
     torch.manual_seed(2)
-    classifier = {"architecture": "network.py:network", "weights": "network.pt"}
-    namespace: dict = {}
-    exec(NETWORK, namespace)
-    network = namespace["network"]().eval()
+    network = runpy.run_path("network.py")["network"]().eval()
     torch.save(network.state_dict(), "network.pt")
+    classifier = {"architecture": "network.py:network", "weights": "network.pt"}
     write_parameters(Path("parameters.json"), classifier=classifier)
     result = start("examples/export", "chain.onnx", "--with-classifier")
     assert result.code == 0 and result.out.count("differs from torch by") == 5, result
@@ -143,7 +128,6 @@ def test_what_cannot_be_exported(start, trained):
     one_line(start("examples/export", "a.pt"), "a.pt: .onnx or .safetensors are written")
     one_line(start("examples/export", "a.safetensors", "--with-classifier"), "without a classifier")
     one_line(start("examples/export", "a.onnx", "--weights", "absent.pt"), "absent.pt: no such weights")
-    assert start("examples/export").code == 2
     assert not Path("a.onnx").exists()
 
 

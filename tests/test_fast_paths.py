@@ -25,7 +25,7 @@ from benchmarks.correctness import (
     step_errors,
 )
 from benchmarks.throughput import saved_bytes
-from experiment.runtime import cpu_has_bf16
+from experiment.runtime import compiled, cpu_has_bf16
 from models.fast import convolve, has_fused
 from models.pipeline import Pipeline
 
@@ -138,57 +138,41 @@ def test_compiled_step_is_the_eager_one(pipeline, images):
     assert error(found, expected) < STEP_BOUND[torch.float32]
 
 
-# Known bugs of PyTorch. The first two are of kernels for GPUs, and `compiled` turns off what they come from.
+# Known bugs of PyTorch, of kernels for GPUs: `compiled` turns off what they come from.
+
+
+def against_compiled(function, inputs, parameters, dtype) -> float:
+    """The largest error of a loss's gradients under torch.compile, of those without it."""
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        expected = torch.autograd.grad(function(*inputs).float().square().mean(), parameters)
+        found = torch.autograd.grad(compiled(function)(*inputs).float().square().mean(), parameters)
+    return max(error(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @needs_gpu
 def test_bias_gradients_of_convolutions_in_bf16():
     """pytorch 190796: wrong beside a sum over the same gradient, in torch.compile's code for bf16."""
-    from experiment.runtime import compiled
-
     torch.manual_seed(0)
     conv, linear = nn.Conv2d(64, 64, 3, padding=1).cuda(), nn.Linear(32, 64).cuda()
-    x, time = torch.randn(16, 64, 32, 32, device="cuda"), torch.randn(16, 32, device="cuda")
+    inputs = torch.randn(16, 64, 32, 32, device="cuda"), torch.randn(16, 32, device="cuda")
 
-    def loss(x, time):
-        return (conv(x) + linear(F.silu(time))[:, :, None, None]).square().mean()
+    def both(x, time):
+        return conv(x) + linear(F.silu(time))[:, :, None, None]
 
-    parameters = [*conv.parameters(), *linear.parameters()]
-    with torch.autocast("cuda", torch.bfloat16):
-        expected = torch.autograd.grad(loss(x, time), parameters)
-        found = torch.autograd.grad(compiled(loss)(x, time), parameters)
-    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < 0.02
+    assert against_compiled(both, inputs, [*conv.parameters(), *linear.parameters()], torch.bfloat16) < 0.02
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_beside_concatenations(dtype):
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-3), (torch.bfloat16, 0.02)])
+def test_gradients_beside_concatenations(dtype, bound):
     """pytorch 193061: mix-order reductions fused with a concatenation; both definitions of the dense block."""
-    from experiment.runtime import compiled
-
     block = random_network(64, 1, 32).RRDB_trunk[0].RDB1.cuda().to(memory_format=torch.channels_last)
     x = torch.rand(4, 64, 81, 81, device="cuda").to(dtype).contiguous(memory_format=torch.channels_last)
-    parameters = list(block.parameters())
     for function in (block.forward, block.plain):
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            expected = torch.autograd.grad(function(x).float().square().mean(), parameters)
-            found = torch.autograd.grad(compiled(function)(x).float().square().mean(), parameters)
-        bound = 1e-3 if dtype == torch.float32 else 0.02
-        assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < bound
-
-
-def test_generator_makes_no_strided_view_of_channels_last(pipeline, images):
-    """pytorch 174963: as_strided of a channels_last tensor is wrong under torch.compile; nothing here calls it."""
-    with Operators() as seen:
-        torch.autograd.grad(pipeline.restore.network(images).sum(), list(pipeline.restore.network.parameters()))
-    assert "aten::convolution_backward" in seen.names
-    assert not [name for name in seen.names if "as_strided" in name]
+        assert against_compiled(function, [x], list(block.parameters()), dtype) < bound
 
 
 @needs_gpu
 def test_compiled_channels_last_is_eager_channels_last(pipeline, images):
-    from experiment.runtime import compiled
-
-    network = copy.deepcopy(pipeline.restore.network).cuda()
-    x = images.cuda()
+    network, x = copy.deepcopy(pipeline.restore.network).cuda(), images.cuda()
     assert error(compiled(network)(x), network(x)) < 1e-3

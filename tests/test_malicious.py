@@ -26,16 +26,12 @@ class RunsExec:
         return exec, ("import os; os.mkdir('canary')",)
 
 
-class RunsInState:
-    """Harmless to build, not to fill."""
-
+class RunsInState:  # harmless to build, not to fill
     def __reduce__(self):
         return dict, (), None, None, iter([("a", RunsMkdir())])
 
 
-class RunsWhenFilled:
-    """Its own method would run when its attributes are set."""
-
+class RunsWhenFilled:  # its own method would run when its attributes are set
     def __init__(self):
         self.canary = "canary"
 
@@ -43,9 +39,7 @@ class RunsWhenFilled:
         Path(state["canary"]).mkdir()
 
 
-class RunsNumpy:
-    """A function of a package whose numbers are read."""
-
+class RunsNumpy:  # a function of a package whose numbers are read
     def __reduce__(self):
         return np.save, ("canary", 0)
 
@@ -75,28 +69,29 @@ def test_the_payloads_are_armed(tmp_path, monkeypatch):
         Path("canary").rmdir()
 
 
+def refuse_all(start, path: Path, *calls: list[str]) -> None:
+    """Every call refuses every payload at this path in one line, and runs no code."""
+    draw("discs", 1).save("a.png")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for contents in files():
+        path.write_bytes(contents)
+        for call in calls:
+            one_line(start(*call), path.name, "not a")
+            assert not Path("canary").exists()
+
+
 PLACES = {
-    "initial_weights": ("train_darionet", "--set", "darionet.initial_weights=bad.pt"),
-    "classifier.weights": ("train_darionet", "--set", "classifier.weights=bad.pt"),
-    "darionet.weights of test.py": ("test", "--set", "darionet.weights=bad.pt"),
-    "--weights of test.py": ("test", "--weights", "bad.pt"),
-    "initial_weights of test.py": ("test", "--set", "darionet.initial_weights=bad.pt"),
-    "classifier.weights of test.py": ("test", "--set", "classifier.weights=bad.pt"),
-    "--classifier of test.py": ("test", "--classifier", "bad.pt"),
-    "darionet.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "darionet.weights=bad.pt"),
-    "--weights of try_darionet.py": ("try_darionet", "a.png", "--weights", "bad.pt"),
-    "classifier.weights of try_darionet.py": ("try_darionet", "a.png", "--set", "classifier.weights=bad.pt"),
+    "train_darionet": ["darionet.initial_weights", "classifier.weights"],
+    "test": ["darionet.weights", "--weights", "darionet.initial_weights", "classifier.weights", "--classifier"],
+    "try_darionet a.png": ["darionet.weights", "--weights", "classifier.weights"],
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("script", "place"), [(script, place) for script in PLACES for place in PLACES[script]])
 @pytest.mark.usefixtures("no_figures")
-def test_weights(start, trained, place):
-    draw("discs", 1).save("a.png")
-    for contents in files():
-        Path("bad.pt").write_bytes(contents)
-        one_line(start(*PLACES[place]), "bad.pt", "not a")
-        assert not Path("canary").exists()
+def test_weights(start, trained, script, place):
+    options = [place, "bad.pt"] if place.startswith("--") else ["--set", f"{place}=bad.pt"]
+    refuse_all(start, Path("bad.pt"), [*script.split(), *options])
 
 
 @pytest.mark.parametrize("form", ["named", "newest", "previous"])
@@ -105,25 +100,16 @@ def test_checkpoints(start, experiment, form):
     folder = Path("assets/logs/train_20260101-000000")
     folder.mkdir(parents=True)
     shutil.copy("parameters.json", folder)
-    path = folder / (PREVIOUS if form == "previous" else FILE)
-    for contents in files():
-        path.write_bytes(contents)
-        one_line(start("train_darionet", "--resume", *([str(folder)] if form == "named" else [])), path.name, "not a")
-        assert not Path("canary").exists()
+    call = ["train_darionet", "--resume", *([str(folder)] if form == "named" else [])]
+    refuse_all(start, folder / (PREVIOUS if form == "previous" else FILE), call)
 
 
 def test_a_download_folder(start, trained, monkeypatch):
     """Of torchvision's weights: whoever puts a file there can give it any name."""
     monkeypatch.setenv("TORCH_HOME", str(trained))
-    draw("discs", 1).save("a.png")
-    path = trained / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth"
-    path.parent.mkdir(parents=True)
-    options = ("--set", "classifier.architecture=squeezenet1_1", "--set", "classifier.weights=IMAGENET1K_V1")
-    for contents in files():
-        path.write_bytes(contents)
-        for call in (["train_darionet"], ["test"], ["try_darionet", "a.png"]):
-            one_line(start(*call, *options), path.name, "not a")
-            assert not Path("canary").exists()
+    options = ["--set", "classifier.architecture=squeezenet1_1", "--set", "classifier.weights=IMAGENET1K_V1"]
+    calls = [[*call, *options] for call in (["train_darionet"], ["test"], ["try_darionet", "a.png"])]
+    refuse_all(start, trained / "hub/checkpoints/squeezenet1_1-b8a52dc0.pth", *calls)
 
 
 @pytest.mark.parametrize("payload", [RunsWhenFilled(), RunsNumpy(), RunsMkdir(), RunsExec(), RunsInState()])

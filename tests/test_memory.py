@@ -8,26 +8,20 @@ import time
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc and OpenMP; processors in /proc")
+
 FAULTS = """
-import resource, sys
+import multiprocessing, resource
 import torch
 
-def faults():
-    "Page faults of forty tensors of 32 MB, made and freed: 8192 pages each."
+from experiment.data import batches
+from experiment.runtime import start_runtime
+
+def faults():  # of pages, by forty tensors of 32 MB, made and freed: 8192 pages each
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(40):
         torch.zeros(2**23)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-"""
-SCRIPTS = {
-    "a script": """
-print(faults())
-from experiment.runtime import start_runtime
-start_runtime("float32")
-print(faults())
-""",
-    "a worker": """
-from experiment.data import batches
 
 class Dataset(torch.utils.data.Dataset):
     paths = ["a"]
@@ -35,33 +29,36 @@ class Dataset(torch.utils.data.Dataset):
         return index, torch.tensor(list(faults().to_bytes(4, "big")), dtype=torch.uint8).view(1, 1, 4)
 
 if __name__ == "__main__":
-    import multiprocessing
     multiprocessing.set_start_method("spawn")
+    print(faults())
+    start_runtime("float32")
+    print(faults())
     for batch in batches(Dataset(), [[0]], 1):
         print(int.from_bytes(bytes(batch.images.flatten().tolist()), "big"))
-""",
-}
+"""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
-@pytest.mark.parametrize("where", SCRIPTS)
-def test_freed_memory_is_kept(tmp_path, where):
-    (tmp_path / "script.py").write_text(FAULTS + SCRIPTS[where])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def run(path, script: str, threads: int) -> list[float]:
+    """The numbers that a script prints, with so many threads."""
+    (path / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
-    command = [sys.executable, str(tmp_path / "script.py")]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    *before, count = map(int, filter(str.isdigit, out.split("\n")))
-    assert count < 100_000, out
-    assert all(other > 200_000 for other in before), "without the setting there are as many as pages"
+    command = [sys.executable, path / "script.py"]
+    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return [float(line) for line in out.split()]
+
+
+def test_freed_memory_is_kept(tmp_path):
+    without, in_the_script, in_a_worker = run(tmp_path, FAULTS, 1)
+    assert without > 200_000, "without the setting there are as many as pages"
+    assert max(in_the_script, in_a_worker) < 100_000
 
 
 WAITING = """
 import time
 import torch
 
-def waiting():
-    "Seconds of processor time of thirty waits of 20 ms, each after work that is shared by two threads."
+def waiting():  # seconds of processor time of thirty waits of 20 ms, each after work that two threads share
     values, before = torch.ones(2**17), time.process_time()
     for _ in range(30):
         values.exp_()
@@ -75,20 +72,14 @@ print(waiting())
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="a setting of GNU's OpenMP, for two cores"
-)
-def test_threads_that_wait_leave_the_processor_to_others():
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", WAITING]
-    out = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    spinning, sleeping = map(float, out.split())
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="it takes two cores")
+def test_threads_that_wait_leave_the_processor_to_others(tmp_path):
+    spinning, sleeping = run(tmp_path, WAITING, 2)
     assert sleeping < spinning / 2
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the setting is for Linux alone")
 def test_a_script_that_ends_at_once_ends_with_its_own_code():
-    """As one does that is given a folder that isn't there: not in an abort, since a thread was still within torch."""
+    """Not in an abort, since a thread was still within torch."""
     code = "import sys, experiment.runtime; experiment.runtime.wait_without_spinning(); sys.exit(2)"
     environment = os.environ | {"OMP_NUM_THREADS": "2"}
     for _ in range(2):
@@ -96,7 +87,6 @@ def test_a_script_that_ends_at_once_ends_with_its_own_code():
         assert (ended.returncode, ended.stderr) == (2, "")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 def test_other_programs_are_seen(monkeypatch):
     from experiment.runtime import processors_in_use
 
@@ -106,6 +96,5 @@ def test_other_programs_are_seen(monkeypatch):
         assert processors_in_use(0.5) > 0.3
     finally:
         busy.kill()
-        busy.wait()
     monkeypatch.setattr("pathlib.Path.read_text", lambda *arguments, **options: "cpu")
-    assert processors_in_use(0.01) == 0
+    assert processors_in_use(0.01) == 0  # on a system that does not say

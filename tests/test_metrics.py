@@ -5,34 +5,14 @@ import numpy as np
 import pytest
 import torch
 
+from experiment import metrics
 from experiment.evaluation import score
-from experiment.metrics import (
-    decisions,
-    markdown_table,
-    mcnemar,
-    mcnemar_line,
-    per_class,
-    recovered_draws,
-    require_finite,
-    ssim,
-    summarise,
-    worst_cases,
-    write_csv,
-    write_json,
-)
 from models.errors import InputError
 
 
 def rows_of(variant: str, correct: list[int], **extra) -> list[dict]:
-    base = {
-        "variant": variant,
-        "class": "a",
-        "cross_entropy": 1.0,
-        "psnr_db": 20.0,
-        "ssim": 0.5,
-        "top5": 1,
-        "agreement": 1,
-    }
+    base = {"variant": variant, "class": "a", "cross_entropy": 1.0, "psnr_db": 20.0, "ssim": 0.5}
+    base |= {"top5": 1, "agreement": 1}
     return [{"image": str(i), "predicted": "ba"[c], "correct": c} | base | extra for i, c in enumerate(correct)]
 
 
@@ -40,7 +20,7 @@ def table(**correct: list[int]) -> dict[str, dict]:
     rows = [row for variant, values in correct.items() for row in rows_of(variant, values)]
     seconds = dict.fromkeys(correct, 2.0)
     timed = {variant: len(values) for variant, values in correct.items()}
-    return {row["name"]: row for row in summarise(rows, seconds, timed, seed=0)}
+    return {row["name"]: row for row in metrics.summarise(rows, seconds, timed, seed=0)}
 
 
 def test_recovered_fraction():
@@ -49,17 +29,8 @@ def test_recovered_fraction():
     assert found["DarioNet"]["recovered"] == pytest.approx((0.8 - 0.4) / (0.9 - 0.4))
     assert found["Original"]["recovered"] is None and found["Bilinear"]["recovered"] is None
     assert found["DarioNet"]["images_per_second"] == 5 and found["DarioNet"]["n"] == 10
-
-
-def test_published_figure():
-    accuracy = {"Original": 0.7676, "Bilinear": 0.5446, "DarioNet": 0.7275}
-    draws = {name: np.full(3, value) for name, value in accuracy.items()}
-    assert recovered_draws("DarioNet", accuracy, draws)[0] == pytest.approx(0.820, abs=5e-4)
-
-
-def test_recovered_fraction_if_bilinear_loses_nothing():
-    found = table(Original=[1, 1, 0], Bilinear=[1, 1, 0], DarioNet=[1, 0, 0])
-    assert found["DarioNet"]["recovered"] is None and found["DarioNet"]["recovered_low"] is None
+    nothing_lost = table(Original=[1, 1, 0], Bilinear=[1, 1, 0], DarioNet=[1, 0, 0])["DarioNet"]
+    assert nothing_lost["recovered"] is None and nothing_lost["recovered_low"] is None
 
 
 def test_bootstrap_interval_is_that_of_a_proportion():
@@ -90,15 +61,12 @@ def test_scores_of_one_batch():
     assert first["ssim"] < second["ssim"] < 1
     nothing = score(logits, torch.tensor([1, 2]), original, images, None)[0]
     assert nothing["psnr_db"] is None and nothing["ssim"] is None
-    tiny = score(logits, torch.tensor([1, 2]), original, images[..., :9, :9], rebuilt[..., :9, :9])[0]
-    assert tiny["psnr_db"] == pytest.approx(20, abs=1e-3) and tiny["ssim"] is None
-
-
-def two_batches(height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(height)
-    images = torch.rand(3, 3, height, width, generator=generator)
-    noise = 0.3 * torch.rand(images.shape, generator=generator) * torch.linspace(0, 1, width)
-    return images, (images + noise).clamp(0, 1)
+    for height, width in ((10, 16), (16, 10), (1, 1)):  # no window fits
+        parts = [x[..., :height, :width] for x in (images, rebuilt)]
+        tiny = score(logits, torch.tensor([1, 2]), original, *parts)[0]
+        assert tiny["psnr_db"] == pytest.approx(20, abs=1e-3) and tiny["ssim"] is None
+    seven = torch.arange(7.0).repeat(2, 1)
+    assert [row["top5"] for row in score(seven, torch.tensor([2, 1]), seven, images, None)] == [1, 0]
 
 
 def window_by_window(a: np.ndarray, b: np.ndarray) -> float:
@@ -120,92 +88,52 @@ def window_by_window(a: np.ndarray, b: np.ndarray) -> float:
 @pytest.mark.parametrize(("height", "width"), [(11, 11), (11, 30), (24, 17)])
 def test_ssim_is_that_of_the_field(height, width):
     """Borders are neither reflected nor averaged in, at any size and in any batch."""
-    images, rebuilt = two_batches(height, width)
+    generator = torch.Generator().manual_seed(height)
+    images = torch.rand(3, 3, height, width, generator=generator)
+    noise = 0.3 * torch.rand(images.shape, generator=generator) * torch.linspace(0, 1, width)
+    rebuilt = (images + noise).clamp(0, 1)
     expected = [window_by_window(a, b) for a, b in zip(images.numpy(), rebuilt.numpy(), strict=True)]
-    assert ssim(rebuilt, images).tolist() == pytest.approx(expected, abs=2e-6)
-
-
-def test_ssim_and_scores_are_those_of_torchmetrics():
-    functional = pytest.importorskip("torchmetrics.functional")
-    images, rebuilt = two_batches(40, 33)
-    name = "structural_similarity_index_measure"
-    _, windows = getattr(functional.image, name)(rebuilt, images, data_range=1.0, return_full_image=True)
-    expected = windows[..., 5:-5, 5:-5].mean((1, 2, 3))
-    assert ssim(rebuilt, images).tolist() == pytest.approx(expected.tolist(), abs=1e-5)
-
-    target, predicted = torch.randint(0, 5, (2, 40), generator=torch.Generator().manual_seed(0))
-    names = [*"abcdefg"]
-    rows = zip(target.tolist(), predicted.tolist(), strict=True)
-    rows = per_class([{"variant": "x", "class": names[t], "predicted": names[p]} for t, p in rows], names, names)
-    for key, kind in (("precision", "precision"), ("recall", "recall"), ("f1", "f1_score")):
-        scores = getattr(functional.classification, f"multiclass_{kind}")(predicted, target, 7, average="none")
-        assert [row[key] for row in rows] == pytest.approx(scores[target.unique()].tolist(), abs=1e-6)
-
-
-def test_ssim_in_closed_form():
-    """Of flat images only the luminance counts; equal images give 1; a fault in a corner is in one window of 4."""
-    flat = torch.full((2, 3, 20, 16), 0.25)
-    expected = (2 * 0.25 * 0.5 + 1e-4) / (0.25**2 + 0.5**2 + 1e-4)
-    assert ssim(flat, flat * 2).tolist() == pytest.approx([expected] * 2, abs=1e-5)
-    images = torch.full((1, 3, 12, 12), 0.5)
-    assert ssim(images, images).item() == pytest.approx(1)
-    rebuilt = images.clone()
-    rebuilt[..., 0, 0] = 1.0
-    found = score(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), images, rebuilt)[0]["ssim"]
-    assert found == pytest.approx(window_by_window(images[0].numpy(), rebuilt[0].numpy()), abs=2e-5)
-    assert found > 0.9998  # with reflected borders it is in most windows
-
-
-@pytest.mark.parametrize(("height", "width"), [(10, 10), (10, 64), (64, 10), (1, 1)])
-def test_no_ssim_if_no_window_fits(height, width):
-    images = torch.rand(1, 3, height, width)
-    row = score(torch.zeros(1, 2), torch.tensor([0]), torch.zeros(1, 2), images, images / 2)[0]
-    assert row["ssim"] is None and row["psnr_db"] > 0
+    assert metrics.ssim(rebuilt, images).tolist() == pytest.approx(expected, abs=2e-6)
+    assert metrics.ssim(images, images).tolist() == pytest.approx([1, 1, 1])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("place", [(0, 0), (3, 9)])
-def test_scores_that_are_not_finite(value, place):
+def test_scores_that_are_not_finite(value):
     logits = torch.zeros(4, 10)
-    require_finite(logits, "DarioNet's images")
-    logits[place] = value
+    metrics.require_finite(logits, "DarioNet's images")
+    logits[3, 9] = value
     with pytest.raises(InputError, match="^the scores on DarioNet's images are not finite: its weights are damaged$"):
-        require_finite(logits, "DarioNet's images")
-
-
-def test_top5_counts_five():
-    logits = torch.arange(7.0).repeat(2, 1)
-    first, second = score(logits, torch.tensor([2, 1]), logits, torch.rand(2, 3, 4, 4), None)
-    assert (first["top5"], second["top5"]) == (1, 0)
+        metrics.require_finite(logits, "DarioNet's images")
 
 
 def test_per_class_scores():
     pairs = [("a", "a"), ("a", "a"), ("a", "b"), ("b", "b"), ("b", "c")]
     rows = [{"variant": "Original", "class": c, "predicted": p} for c, p in pairs]
-    a, b = per_class(rows, ["a", "b", "c"], ["ant", "bee", "cow"])
+    a, b = metrics.per_class(rows, ["a", "b", "c"], ["ant", "bee", "cow"])
     assert (a["label"], a["n"], a["precision"]) == ("ant", 3, 1)
     assert a["recall"] == pytest.approx(2 / 3) and a["f1"] == pytest.approx(0.8)
     assert (b["precision"], b["recall"]) == (0.5, 0.5)
+    (only,) = metrics.per_class([{"variant": "Original", "class": "a", "predicted": "a"}] * 3, ["a"], ["ant"])
+    assert (only["n"], only["f1"]) == (3, 1)
 
 
 def test_table_shows_dashes_for_what_has_no_value():
-    """And leaves out the columns that have none, such as PSNR without an image that was rebuilt."""
+    """And leaves out the columns that have none."""
     found = table(Original=[1, 0, 1], Bilinear=[1, 0, 0], DarioNet=[1, 0, 1])
-    text = markdown_table(list(found.values()))
+    text = metrics.markdown_table(list(found.values()))
     assert "nan" not in text.lower() and "None" not in text and "–" in text
     assert "PSNR dB" in text and "Recovered" in text
-    without = markdown_table([row | {"psnr_db": None, "recovered": None} for row in found.values()])
+    without = metrics.markdown_table([row | {"psnr_db": None, "recovered": None} for row in found.values()])
     assert "PSNR dB" not in without and "Recovered" not in without and "Accuracy" in without
     assert len({len(line) for line in text.splitlines()}) == 1
 
 
 def test_files_hold_null_and_no_nan(tmp_path):
-    write_json(tmp_path / "r.json", {"psnr_db": None})
-    assert json.loads((tmp_path / "r.json").read_text()) == {"psnr_db": None}
+    metrics.write_json(tmp_path / "r.json", {"psnr_db": None})
     with pytest.raises(ValueError, match="JSON"):
-        write_json(tmp_path / "r.json", {"psnr_db": float("nan")})
+        metrics.write_json(tmp_path / "r.json", {"psnr_db": float("nan")})
     assert json.loads((tmp_path / "r.json").read_text()) == {"psnr_db": None}
-    write_csv(tmp_path / "r.csv", [{"image": "a\udcff,b.png", "psnr_db": None}])
+    metrics.write_csv(tmp_path / "r.csv", [{"image": "a\udcff,b.png", "psnr_db": None}])
     assert (tmp_path / "r.csv").read_bytes() == b'image,psnr_db\r\n"a\\udcff,b.png",\r\n'
 
 
@@ -215,54 +143,39 @@ def pair(only_first: int, only_second: int, both: int = 3) -> list[dict]:
     return rows_of("DarioNet", first) + rows_of("Bilinear", second)
 
 
-@pytest.mark.parametrize(
-    ("only_first", "only_second", "p"),
-    [(10, 2, 79 / 2**11), (2, 10, 79 / 2**11), (5, 5, 1), (0, 0, 1), (1, 0, 1), (6, 0, 2 / 64)],
-)
+PAIRS = [(10, 2, 79 / 2**11), (2, 10, 79 / 2**11), (5, 5, 1), (0, 0, 1), (1, 0, 1), (6, 0, 2 / 64)]
+
+
+@pytest.mark.parametrize(("only_first", "only_second", "p"), PAIRS)
 def test_mcnemar(only_first, only_second, p):
-    found = mcnemar(pair(only_first, only_second), "DarioNet", "Bilinear")
+    found = metrics.mcnemar(pair(only_first, only_second), "DarioNet", "Bilinear")
     assert (found["only_first"], found["only_second"]) == (only_first, only_second)
     assert found["p"] == pytest.approx(p)
 
 
 def test_mcnemar_of_many_images():
     """Against the normal approximation, where that is good."""
-    found = mcnemar(pair(5200, 4800), "DarioNet", "Bilinear")
-    z = (400 - 1) / 10000**0.5
-    assert found["p"] == pytest.approx(math.erfc(z / 2**0.5), rel=0.01)
-    assert "p = " in mcnemar_line(found)
-    assert "p < 1e-15" in mcnemar_line(mcnemar(pair(3000, 10), "DarioNet", "Bilinear"))
+    found = metrics.mcnemar(pair(5200, 4800), "DarioNet", "Bilinear")
+    assert found["p"] == pytest.approx(math.erfc((400 - 1) / 10000**0.5 / 2**0.5), rel=0.01)
+    assert "p < 1e-15" in metrics.mcnemar_line(metrics.mcnemar(pair(3000, 10), "DarioNet", "Bilinear"))
 
 
 def test_decisions_and_worst_cases():
     rows = rows_of("Original", [1, 1, 1, 1, 0]) + rows_of("Bilinear", [0, 1, 0, 1, 0])
-    rows += rows_of("DarioNet", [1, 0, 0, 1, 0])
+    rows += rows_of("DarioNet", [1, 0, 0, 1, 0]) + rows_of("Other", [1, 1, 1, 1, 0])
     for row in rows:
         row["probability"] = 0.5 + 0.1 * int(row["image"])
-    names = [row["decision"] for row in decisions(rows)]
+    names = [row["decision"] for row in metrics.decisions(rows)]
     assert names == ["flipped to right", "flipped to wrong", "stays wrong", "stays right", "stays wrong"]
-    assert worst_cases(rows, 5) == ["2", "1"]  # 4 was wrong in the original too
-    assert worst_cases(rows, 1) == ["2"]
-
-
-def test_two_darionets_in_one_table():
-    found = table(Original=[1] * 4, Bilinear=[0] * 4, A=[1, 0, 0, 0], B=[1, 1, 1, 0])
-    assert (found["A"]["recovered"], found["B"]["recovered"]) == (0.25, 0.75)
-    rows = rows_of("Original", [1, 1]) + rows_of("Bilinear", [0, 1])
-    rows += rows_of("A", [1, 0], probability=0.9) + rows_of("B", [0, 1], probability=0.9)
-    assert [row["decision"] for row in decisions(rows, "A")] == ["flipped to right", "flipped to wrong"]
-    assert [row["decision"] for row in decisions(rows, "B")] == ["stays wrong", "stays right"]
-    assert (worst_cases(rows, 5, "A"), worst_cases(rows, 5, "B"), worst_cases(rows, 5)) == (["1"], ["0"], [])
+    assert metrics.worst_cases(rows, 5) == ["2", "1"]  # 4 was wrong in the original too
+    assert metrics.worst_cases(rows, 1) == ["2"]
+    assert metrics.decisions(rows, "Other")[2]["decision"] == "flipped to right"
+    assert metrics.worst_cases(rows, 5, "Other") == []
 
 
 @pytest.mark.parametrize("correct", [[1], [0], [1, 1, 1], [0, 0, 0]])
 def test_one_image_all_right_and_all_wrong(tmp_path, correct):
     found = table(Original=correct, Bilinear=correct, DarioNet=correct)
-    write_json(tmp_path / "r.json", list(found.values()))  # no NaN
+    metrics.write_json(tmp_path / "r.json", list(found.values()))  # no NaN
     assert found["DarioNet"]["accuracy"] == correct[0] and found["DarioNet"]["recovered"] is None
-    assert mcnemar(pair(0, 0, len(correct)), "DarioNet", "Bilinear")["p"] == 1
-
-
-def test_one_class():
-    found = per_class([{"variant": "Original", "class": "a", "predicted": "a"}] * 3, ["a"], ["ant"])
-    assert [(row["n"], row["f1"]) for row in found] == [(3, 1)]
+    assert metrics.mcnemar(pair(0, 0, len(correct)), "DarioNet", "Bilinear")["p"] == 1

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import warnings
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,26 +18,28 @@ from experiment import plots
 from experiment.metrics import COLUMNS
 
 
-def simulated(classes: int, per_class: int) -> tuple[list[dict], list[dict]]:
-    """Rows of the evaluation and of `per_class` with plausible accuracies."""
-    rng = np.random.default_rng(0)
-    rows, table = [], []
-    skill = rng.beta(6, 2, classes)
-    for variant, factor in (("Original", 1.0), ("Bilinear", 0.55), ("Pixels", 0.6), ("DarioNet", 0.9)):
-        for c in range(classes):
-            right = rng.random(per_class) < skill[c] * factor
-            rows += [{"image": f"c{c}/{i}", "variant": variant, "correct": int(r)} for i, r in enumerate(right)]
-            names = {"class": f"c{c}", "label": f"a class with a rather long name {c}"}
-            table.append({"variant": variant, **names, "n": per_class, "f1": float(right.mean())})
-    return rows, table
+def class_rows(names: list[str], n: int = 20, **f1: list[float]) -> list[dict]:
+    return [{"variant": v, "class": c, "label": c, "n": n, "f1": f1[v][i]} for i, c in enumerate(names) for v in f1]
+
+
+def draw_results(folder, classes: list[dict], shares: dict[str, float], images: int) -> None:
+    """The figures of an evaluation in which each variant is right on a share of the images."""
+    chance = np.random.default_rng(0)
+    plots.f1_difference(classes, folder / "f1_difference.png")
+    plots.class_bars(classes, folder / "classes.png")
+    rows = []
+    for variant, share in shares.items():
+        right = chance.random(images) < share
+        rows += [{"image": str(i), "variant": variant, "correct": int(one)} for i, one in enumerate(right)]
+    plots.decision_strip(rows, folder / "decisions.png")
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(10, 30), (1000, 3)])
 def test_figures_of_few_and_of_many_classes(tmp_path, classes, per_class):
-    rows, table = simulated(classes, per_class)
-    plots.f1_difference(table, tmp_path / "f1_difference.png")
-    plots.class_bars(table, tmp_path / "classes.png")
-    plots.decision_strip(rows, tmp_path / "decisions.png")
+    chance, shares = np.random.default_rng(0), {"Original": 0.75, "Bilinear": 0.4, "Pixels": 0.45, "DarioNet": 0.7}
+    f1 = {variant: chance.binomial(per_class, share, classes) / per_class for variant, share in shares.items()}
+    names = [f"a class with a rather long name {c}" for c in range(classes)]
+    draw_results(tmp_path, class_rows(names, n=per_class, **f1), shares, classes * per_class)
     for path in tmp_path.iterdir():
         with Image.open(path) as image:
             pixels = np.asarray(image.convert("L"))
@@ -44,16 +47,16 @@ def test_figures_of_few_and_of_many_classes(tmp_path, classes, per_class):
         assert (pixels < 128).mean() < 0.6 and (pixels < 250).mean() > 0.02, path.name
 
 
-def test_saved_atomically(tmp_path, monkeypatch):
-    plots.image_grid({"a": [torch.rand(3, 8, 8)]}, None, tmp_path / "a.png")
+def small_grid(path) -> None:
+    plots.image_grid({"a": [torch.rand(3, 8, 8)]}, None, path)
+
+
+def test_a_figure_that_cannot_be_saved_leaves_the_one_before(tmp_path, monkeypatch):
+    small_grid(tmp_path / "a.png")
     before = (tmp_path / "a.png").read_bytes()
-
-    def no_space(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Figure, "savefig", no_space)
+    monkeypatch.setattr(Figure, "savefig", Mock(side_effect=OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        plots.image_grid({"a": [torch.rand(3, 8, 8)]}, None, tmp_path / "a.png")
+        small_grid(tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
@@ -74,59 +77,33 @@ def texts(monkeypatch) -> set[str]:
         yield found
 
 
-def class_rows(names: list[str], n: int = 20, **f1: list[float]) -> list[dict]:
-    return [{"variant": v, "class": c, "label": c, "n": n, "f1": f1[v][i]} for i, c in enumerate(names) for v in f1]
-
-
-def draw_all(folder, names: list[str], ours: str) -> None:
-    """Every figure with these names in every place that takes one."""
-    image = torch.rand(3, 16, 16)
-    f1 = {"Original": [0.9] * len(names), "Bilinear": [0.2] * len(names), ours: [0.5] * len(names)}
-    classes = class_rows(names, **f1)
-    plots.f1_difference(classes, folder / "f1_difference.png", ours)
-    plots.class_bars(classes, folder / "classes.png", count=20, ours=ours)
-    rows = [{"image": n, "variant": v, "correct": 1} for n in names for v in ("Original", ours, "Bilinear")]
-    plots.decision_strip(rows, folder / "decisions.png", ours)
-    few = names[:2]  # images are slow to draw
-    plots.image_grid({name: [image] for name in few}, [[(n, "red") for n in few]], folder / "grid.png")
-    plots.scales([(name, [image]) for name in few], [names[0]], folder / "scales.png")
-    plots.panels([(name, image, name) for name in few], 2, folder / "panels.png")
-    plots.pipeline_figure([(name, image) for name in few], [(n, 0.5) for n in names], folder / "pipeline.png")
-    keys = [key for _, form, *keys in COLUMNS for key in keys if form]
-    variants = [{"name": name} | dict.fromkeys(keys, 0.5) for name in [*names, ours]]
-    plots.results_table(variants, f"in {names[0]}", folder / "table.png", ours)
-    drawn = [(name, folder / "table.png") for name in names]
-    plots.report(names[0], "\n".join(names), {"data": {"test": names[0]}}, drawn, folder / "report.pdf")
-
-
 AWKWARD = ["$10_to_$20", "a$b$c", r"$\frac{1}{", r"\alpha_{2}^3", "x_$_y^", "#1 & 50 %", "{0}", "<b>&amp;", "~"]
-SCRIPTS = [
-    "\u043a\u043e\u0442",
-    "\u0642\u0637\u0629",
-    "cafe\u0301",
-    "\u732b",
-    "\ud55c\uad6d",
-    "\U0001f9a5",
-    "tab\there",
-]
+SCRIPTS = ["\u043a\u043e\u0442", "\u0642\u0637\u0629", "cafe\u0301", "\u732b", "\ud55c\uad6d", "\U0001f9a5", "a\tb"]
 
 
 def test_names_are_shown_as_they_are(tmp_path, texts):
-    """Nothing is a formula, a mark-up or a format, and what no font has is no error: in titles, ticks, legends,
-    annotations, tables and the report. What is no text is shown by its codes."""
-    draw_all(tmp_path, [*AWKWARD, *SCRIPTS, "a\udcff"], ours="$x$_net.pt")
-    assert {*AWKWARD, *SCRIPTS, r"a\udcff", "$x$_net.pt"} <= texts
-    assert len(list(tmp_path.iterdir())) == 9
+    """Nothing is a formula, a mark-up or a format; what no font has is no error; what is no text is shown as codes.
 
-
-def test_the_line_under_the_last_row_is_whole(tmp_path):
-    notes = ["Photograph: somebody with quite a long name, CC BY 2.0, example.org/a/page/with/a/long/address"] * 2
-    few = {"a": [torch.full((3, 8, 8), 0.9)] * 2, "b": [torch.full((3, 8, 8), 0.9)] * 2}
-    plots.image_grid(few, [[("x", "red")] * 2] * 2, tmp_path / "a.png", notes)
-    ink = np.asarray(Image.open(tmp_path / "a.png").convert("L")) < 128
-    rows = np.flatnonzero(ink.any(axis=1))
-    assert len(ink) - rows[-1] > 10 and not ink[:, -5:].any()  # a margin below the letters and beside them
-    assert ink[rows[-1] - 25 : rows[-1] + 1, :400].sum() > 500
+    Every figure, with these names in every place that takes one.
+    """
+    names, ours, image = [*AWKWARD, *SCRIPTS, "a\udcff"], "$x$_net.pt", torch.rand(3, 16, 16)
+    f1 = {"Original": [0.9] * len(names), "Bilinear": [0.2] * len(names), ours: [0.5] * len(names)}
+    classes = class_rows(names, **f1)
+    plots.f1_difference(classes, tmp_path / "f1_difference.png", ours)
+    plots.class_bars(classes, tmp_path / "classes.png", count=20, ours=ours)
+    rows = [{"image": n, "variant": v, "correct": 1} for n in names for v in ("Original", ours, "Bilinear")]
+    plots.decision_strip(rows, tmp_path / "decisions.png", ours)
+    few = names[:2]  # images are slow to draw
+    plots.image_grid({name: [image] for name in few}, [[(n, "red") for n in few]], tmp_path / "grid.png")
+    plots.scales([(name, [image]) for name in few], [names[0]], tmp_path / "scales.png")
+    plots.panels([(name, image, name) for name in few], 2, tmp_path / "panels.png")
+    plots.pipeline_figure([(name, image) for name in few], [(n, 0.5) for n in names], tmp_path / "pipeline.png")
+    keys = [key for _, form, *keys in COLUMNS for key in keys if form]
+    variants = [{"name": name} | dict.fromkeys(keys, 0.5) for name in [*names, ours]]
+    plots.results_table(variants, f"in {names[0]}", tmp_path / "table.png", ours)
+    drawn = [(name, tmp_path / "table.png") for name in names]
+    plots.report(names[0], "\n".join(names), {"data": {"test": names[0]}}, drawn, tmp_path / "report.pdf")
+    assert {*AWKWARD, *SCRIPTS, r"a\udcff", ours} <= texts and len(list(tmp_path.iterdir())) == 9
 
 
 @pytest.mark.parametrize("top", [1.5, 1000, 0.0, None, float("nan")])
@@ -138,21 +115,23 @@ def test_curves_of_any_history(tmp_path, texts, top):
     assert {"loss", "PSNR (dB)", "share of validation images", "epoch"} <= texts
 
 
-def test_a_program_that_draws_nothing_starts_without_matplotlib(tmp_path):
-    """MPLBACKEND may name a window, or a module that is absent: figures are files."""
-    script = """
+WITHOUT_A_SCREEN = """
 import sys
 import experiment.evaluation
 import torch
 from pathlib import Path
 from experiment import plots
-assert "matplotlib" not in sys.modules and "torchmetrics" not in sys.modules
+assert "matplotlib" not in sys.modules
 plots.image_grid({"a": [torch.rand(3, 8, 8)]}, None, Path("a.png"))
 plots.show_window(Path("a.png"))
 """
+
+
+def test_a_program_that_draws_nothing_starts_without_matplotlib(tmp_path):
+    """MPLBACKEND may name a module that is absent: figures are files."""
     environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
     environment |= {"MPLBACKEND": "module://matplotlib_absent.backend_inline", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", WITHOUT_A_SCREEN]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "a.png").is_file()
@@ -164,28 +143,22 @@ def test_a_window_where_there_is_a_screen(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(plt, "get_backend", lambda: "qtagg")
     monkeypatch.setattr(plt, "show", lambda: shown.append(plt.gcf().get_size_inches().tolist()))
-    plots.image_grid({"a": [torch.rand(3, 8, 8)]}, None, tmp_path / "a.png")
+    small_grid(tmp_path / "a.png")
     plots.show_window(tmp_path / "a.png")
     plt.close("all")
     assert len(shown) == 1 and shown[0][0] > 1
 
 
-def test_ties_are_said():
-    scores = {"a": 0.5, "b": 0.1 + 0.2, "c": 0.3, "d": 0.0, "e": 0.5, "f": 0.5}
-    assert plots.lowest(scores, 4) == (["d", "b", "c", "a"], "2 more tie with the last")
-    assert plots.lowest({"a": 0.1, "b": 0.2}, 10) == (["a", "b"], "") and plots.lowest({}, 10) == ([], "no class is")
-
-
 def test_one_image_per_class(tmp_path, texts):
+    """Ties are said, and how much is chance."""
     names = [f"c{i}" for i in range(12)]
     classes = class_rows(names, n=1, Original=[1.0] * 12, Bilinear=[0.0] * 12, DarioNet=[0.0] * 12)
     note = "1 test image per class: a recall may be off by up to 0.98 by chance (95 %)"
-    for draw in (plots.class_bars, plots.f1_difference):
-        texts.clear()
-        draw(classes, tmp_path / "f1.png")
-        assert note in texts
-        if draw is plots.class_bars:
-            assert {"hardest\n2 more tie with the last", "most improved over bilinear\nno class is", "c0"} <= texts
+    plots.f1_difference(classes, tmp_path / "f1.png")
+    assert note in texts
+    texts.clear()
+    plots.class_bars(classes, tmp_path / "f1.png")
+    assert {note, "hardest\n2 more tie with the last", "most improved over bilinear\nno class is", "c0"} <= texts
     for row, n in zip(classes, [30, 40] * 18, strict=True):
         row["n"] = n
     assert plots.sample_note(classes).startswith("30 to 40 test images per class: a recall may be off by up to 0.18")
@@ -194,12 +167,9 @@ def test_one_image_per_class(tmp_path, texts):
 @pytest.mark.parametrize("f1", [0.0, 1.0, 0.5])
 @pytest.mark.parametrize("names", [["one"], ["one", "two"]])
 def test_few_classes_all_right_and_all_wrong(tmp_path, texts, f1, names):
-    values = [f1] * len(names)
-    classes = class_rows(names, n=1, Original=values, Bilinear=values, DarioNet=values)
-    plots.f1_difference(classes, tmp_path / "f1_difference.png")
-    plots.class_bars(classes, tmp_path / "classes.png")
-    rows = [{"image": "a", "variant": v, "correct": int(f1)} for v in ("Original", "DarioNet", "Bilinear")]
-    plots.decision_strip(rows, tmp_path / "decisions.png")
+    variants = ("Original", "Bilinear", "DarioNet")
+    classes = class_rows(names, n=1, **{variant: [f1] * len(names) for variant in variants})
+    draw_results(tmp_path, classes, dict.fromkeys(variants, int(f1)), 1)
     assert len(list(tmp_path.iterdir())) == 3
 
 

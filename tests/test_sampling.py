@@ -6,13 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 from unicodedata import normalize
+from unittest.mock import DEFAULT, Mock
 
 import pytest
 from conftest import ROOT, draw, draw_folder, one_line, write_parameters
 from PIL import Image
 
 from experiment.sampling import ENDINGS, images_by_class, open_images, share
-from models.errors import InputError
 from models.images import read_image
 
 MANIFEST = "manifest.json"
@@ -38,6 +38,12 @@ def draw_class(folder, count: int) -> None:
         draw("discs", i).save(folder / f"{i}.png")
 
 
+def check_as_fresh(start, originals, *options: str) -> None:
+    """What lies in the target is what a sampler writes into an empty one."""
+    assert start("img_sampler_train", *options, "--set=data.train=fresh").code == 0
+    assert contents(originals / "train") == contents(originals / "fresh")
+
+
 def test_share_is_rounded_up_and_depends_on_names_alone():
     names = [f"{i}.png" for i in range(100)]
     kept = share(names, 0.15, 2020, "cats")
@@ -51,10 +57,8 @@ def test_share_is_rounded_up_and_depends_on_names_alone():
 
 @pytest.mark.parametrize("how", [[], ["--link"]])
 def test_train_sampler(start, originals, how):
-    (originals / "train_original/discs").rename(originals / "elsewhere")
-    (originals / "train_original/discs").mkdir()
-    for path in (originals / "elsewhere").iterdir():
-        (originals / "train_original/discs" / path.name).symlink_to(path)
+    for path in (originals / "train_original/discs").iterdir():
+        path.symlink_to(path.rename(originals / f"linked {path.name}"))
     result = start("img_sampler_train", *how)
     assert result.code == 0 and "train: 6 images of 3 classes" in result.out  # 2 of 11 in each
     found = contents(originals / "train")
@@ -75,15 +79,9 @@ def test_val_sampler_halves_are_disjoint_and_complete(start, originals):
 
 @pytest.mark.parametrize(("module", "name", "how"), [(shutil, "copyfile", []), (os, "link", ["--link"])])
 def test_an_interrupted_run_ends_in_the_same_state(start, originals, monkeypatch, module, name, how):
-    work, calls = getattr(module, name), []
-
-    def stop_at_third(source, target):
-        work(source, target), calls.append(target)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-
+    work = Mock(wraps=getattr(module, name), side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, stop_at_third)
+        patch.setattr(module, name, work)
         assert start("img_sampler_train", *how).code == 130
     manifest = json.loads((originals / "train" / MANIFEST).read_text())
     assert len(manifest["files"]) == 6 and not manifest["complete"]  # the list is written before the first file
@@ -93,12 +91,13 @@ def test_an_interrupted_run_ends_in_the_same_state(start, originals, monkeypatch
     file.with_name(f".{file.name}.1-1-0123abcd.partial").write_bytes(b"killed")
     file.with_name(f"{file.name}.partial").write_bytes(b"killed in an older version")
     assert start("img_sampler_train", *how).code == 0
-    start("img_sampler_train", *how, "--set", "data.train=fresh")
-    assert contents(originals / "train") == contents(originals / "fresh")
+    check_as_fresh(start, originals, *how)
 
 
-@pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize("change", ["data.train_fraction=0.5", "data.seed=1", "data.train_original=other"])
+CHANGES = ["data.train_fraction=0.5", "data.seed=1", "data.train_original=other"]
+
+
+@pytest.mark.parametrize(("change", "older"), [*((change, False) for change in CHANGES), ("data.seed=1", True)])
 def test_another_choice_needs_overwrite(start, originals, change, older):
     shutil.copytree(originals / "train_original", originals / "other")
     for path in (originals / "other").rglob("*.png"):
@@ -114,9 +113,8 @@ def test_another_choice_needs_overwrite(start, originals, change, older):
     one_line(start("img_sampler_train", f"--set={change}"), "train: was sampled with ", ", not ", "--overwrite")
     assert contents(originals / "train") == before
     assert start("img_sampler_train", f"--set={change}", "--overwrite").code == 0
-    assert start("img_sampler_train", f"--set={change}", "--set=data.train=fresh").code == 0
-    assert contents(originals / "train") == contents(originals / "fresh") != before
-    assert (originals / "thesis.txt").read_text() == "mine"
+    check_as_fresh(start, originals, f"--set={change}")
+    assert contents(originals / "train") != before and (originals / "thesis.txt").read_text() == "mine"
 
 
 AT_ONCE = [(Path, "read_text", 1), (shutil, "copyfile", 2), (os, "link", 2)]
@@ -126,6 +124,7 @@ AT_ONCE = [(Path, "read_text", 1), (shutil, "copyfile", 2), (os, "link", 2)]
 def test_two_samplers_at_once(start, originals, monkeypatch, module, name, count):
     """Another process runs from start to end after this one has read the manifest, or before it renames a file."""
     work, calls, how = getattr(module, name), [], ["--link"] if name == "link" else []
+    start("img_sampler_train", "--help")  # imports read files, too
 
     def interrupted(*arguments, **options):
         try:
@@ -139,30 +138,50 @@ def test_two_samplers_at_once(start, originals, monkeypatch, module, name, count
         patch.setattr(module, name, interrupted)
         assert start("img_sampler_train", *how).code == 0
     assert len(calls) == count  # what the other has finished is not made again
-    assert start("img_sampler_train", *how, "--set", "data.train=fresh").code == 0
-    assert contents(originals / "train") == contents(originals / "fresh")
+    check_as_fresh(start, originals, *how)
 
 
-def test_folders_that_overlap(start, originals):
-    one_line(start("img_sampler_train", "--set", "data.train=train_original/part"), "has to lie outside train_original")
+@pytest.mark.parametrize("how", [[], ["--link"]])
+def test_what_is_no_file_is_left_out(start, originals, how):
+    """Whether a file is an image, the scripts that read it say."""
+    folder = originals / "train_original" / "discs"
+    (folder / os.fsdecode(b"caf\xe9.png")).write_bytes(b"broken")
+    os.mkfifo(folder / "pipe.png")
+    for name in ("loop.png", "dangling.png"):
+        (folder / name).symlink_to("loop.png" if name == "loop.png" else "nowhere")
+    result = start("img_sampler_train", *how, "--set=data.train_fraction=1")
+    assert "left out 3 that are no files" in result.out
+    assert contents(originals / "train").items() > contents(originals / "train_original").items()
+
+
+def test_folders_that_are_refused(start, originals):
+    (originals / "phone" / "cats").mkdir(parents=True)
     for test in ("val", "./val", "val/part"):
         one_line(start("img_sampler_val", "--set", f"data.test={test}"), "has to lie outside")
+    one_line(start("img_sampler_train", "--set", "data.train=train_original/part"), "has to lie outside train_original")
+    for script, key in (("img_sampler_train", "data.train_original"), ("img_sampler_val", "data.val_original")):
+        one_line(start(script, f"--set={key}=nowhere"), "nowhere: no such folder", "make demo")
+        one_line(start(script, f"--set={key}=phone"), "phone: holds no images; ", "make demo")
+        one_line(start(script, f"--set={key}=train_original/discs"), "holds no images in class folders")
+    (originals / "phone" / "cats" / "1.HEIC").write_bytes(b"x")
+    result = start("img_sampler_train", "--set=data.train_original=phone")
+    one_line(result, "phone: holds no images, only 1 .heic; convert photographs")
 
 
 FOREIGN = ["checks/mine.jpg", "mine.JPG", "fox/1.png", "notes.txt", "README", "checks/mine.png.partial", "link"]
 
 
 @pytest.mark.parametrize("path", FOREIGN)
-@pytest.mark.parametrize("options", [[], ["--overwrite"], ["--overwrite", "--set", "data.train_fraction=0.5"]])
-def test_what_no_sampler_wrote_is_never_deleted(start, originals, path, options):
+def test_what_no_sampler_wrote_is_never_deleted(start, originals, path):
     assert start("img_sampler_train").code == 0
     file = originals / "train" / path
     file.parent.mkdir(exist_ok=True)
     file.symlink_to(originals / "val_original") if path == "link" else file.write_bytes(b"mine")
     before = contents(originals)
-    result = start("img_sampler_train", *options)
-    one_line(result, f"train: not written by a sampler, so never removed: {path}; move it elsewhere")
-    assert contents(originals) == before and file.exists()
+    for options in ([], ["--overwrite"], ["--overwrite", "--set", "data.train_fraction=0.5"]):
+        result = start("img_sampler_train", *options)
+        one_line(result, f"train: not written by a sampler, so never removed: {path}; move it elsewhere")
+        assert contents(originals) == before and file.exists()
 
 
 @pytest.mark.parametrize("manifest", ["", "[]", "{}", '{"files": 3}', '{"source": "x", "seed": 1, "fraction": 1}'])
@@ -206,21 +225,11 @@ def test_other_files_are_counted_by_ending(start, originals, capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_folders_without_images(start, originals):
-    draw_class(originals / "phone" / "cats", 0)
-    for script, key in (("img_sampler_train", "data.train_original"), ("img_sampler_val", "data.val_original")):
-        one_line(start(script, f"--set={key}=nowhere"), "nowhere: no such folder", "make demo")
-        one_line(start(script, f"--set={key}=phone"), "phone: holds no images; ", "make demo")
-        one_line(start(script, f"--set={key}=train_original/discs"), "holds no images in class folders")
-    (originals / "phone" / "cats" / "1.HEIC").write_bytes(b"x")
-    with pytest.raises(InputError, match="phone: holds no images, only 1 .heic; convert photographs"):
-        images_by_class("phone")
-
-
-@pytest.mark.parametrize("suffix", sorted(set(ENDINGS) - {".mpo"}))
+@pytest.mark.parametrize("suffix", sorted(ENDINGS))
 def test_every_ending_that_is_listed_is_read(tmp_path, suffix):
-    mode = {".pgm": "L", ".pbm": "1"}.get(suffix, "RGB")
-    Image.new(mode, (32, 32), "white").save(tmp_path / f"a{suffix.upper()}", ENDINGS[suffix])
+    image = Image.new({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"), (32, 32), "white")
+    two = {"save_all": True, "append_images": [image]} if suffix == ".mpo" else {}
+    image.save(tmp_path / f"a{suffix.upper()}", "MPO" if two else ENDINGS[suffix], **two)
     assert read_image(tmp_path / open_images(str(tmp_path))[0]).getpixel((9, 9)) == (255, 255, 255)
 
 
@@ -229,10 +238,10 @@ def test_names_are_compared_composed(start, originals):
     lists = []
     for form in ("NFC", "NFD"):
         for name in ("café", "フランス", "한국", "plain"):
-            draw_class(originals / form / normalize(form, name), 0)
+            folder = originals / form / normalize(form, name)
+            folder.mkdir(parents=True)
             for i in range(9):
-                path = originals / form / normalize(form, name) / normalize(form, f"f{'éöがf'[i % 4]} {i}.png")
-                draw("discs", i).save(path)
+                draw("discs", i).save(folder / normalize(form, f"f{'éöがf'[i % 4]} {i}.png"))
         folders = {"val_original": form, "val": f"val{form}", "test": f"test{form}"}
         assert start("img_sampler_val", *(f"--set=data.{key}={folder}" for key, folder in folders.items())).code == 0
         lists.append([open_images(folder) for folder in folders.values()])
@@ -240,7 +249,8 @@ def test_names_are_compared_composed(start, originals):
 
 
 def test_links_to_folders_are_followed_and_loops_end(tmp_path):
-    draw_class(tmp_path / "a", 1), draw_class(tmp_path / "b", 2)
+    draw_class(tmp_path / "a", 1)
+    draw_class(tmp_path / "b", 2)
     links = {"a/x": tmp_path / "b", "b/x": tmp_path / "a", "a/up": "..", "self": "self", "c": tmp_path, "kitty": "b"}
     for i in range(24):  # all to all: paths without end
         (tmp_path / f"l{i}").mkdir()
@@ -255,10 +265,7 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path):
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES, errno.ENOSYS])
 def test_a_file_system_that_refuses_niceties(start, originals, monkeypatch, number):
     """CIFS, exFAT, FUSE: no modes, times, attributes, flushes or links. Copies do without; --link is told."""
-
-    def refuse(*arguments, **options):
-        raise OSError(number, os.strerror(number))
-
+    refuse = Mock(side_effect=OSError(number, os.strerror(number)))
     for name in ("chmod", "fchmod", "utime", "chown", "fsync", "fdatasync", "link", "setxattr"):
         monkeypatch.setattr(os, name, refuse)
     for name in ("copymode", "copystat"):
