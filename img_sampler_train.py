@@ -21,14 +21,8 @@ def main() -> None:
         name: share(images, data.train_fraction, data.seed, name)
         for name, images in images_by_class(data.train_original).items()
     }
-    sample(
-        data.train_original,
-        {data.train: kept},
-        fraction=data.train_fraction,
-        seed=data.seed,
-        link=arguments.link,
-        overwrite=arguments.overwrite,
-    )
+    how = {"fraction": data.train_fraction, "seed": data.seed, "link": arguments.link, "overwrite": arguments.overwrite}
+    sample(data.train_original, {data.train: kept}, **how)
 
 
 if __name__ == "__main__":

@@ -22,14 +22,8 @@ def main() -> None:
     for name, images in images_by_class(data.val_original).items():
         val[name] = share(images, data.val_fraction, data.seed, name)
         test[name] = sorted(set(images) - set(val[name]))
-    sample(
-        data.val_original,
-        {data.val: val, data.test: test},
-        fraction=data.val_fraction,
-        seed=data.seed,
-        link=arguments.link,
-        overwrite=arguments.overwrite,
-    )
+    how = {"fraction": data.val_fraction, "seed": data.seed, "link": arguments.link, "overwrite": arguments.overwrite}
+    sample(data.val_original, {data.val: val, data.test: test}, **how)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python fin
 
 import torch
 
-from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
-from experiment.distillation import distillation_loss, learning_rate_at, validate
+from experiment.data import ImageTree, Transform, epoch_batches, to_float
+from experiment.distillation import distillation_loss, learning_rate_at
 from experiment.evaluation import open_restore
 from experiment.parameters import read_parameters
 from experiment.run import Run, run_to_resume
-from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier, save_classifier
 from models.darionet import to_device
@@ -39,12 +39,8 @@ from models.weights import refuse_unwritable_weights
 def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--output", metavar="FILE", required=True, help="the adapted classifier's weights")
-    parser.add_argument(
-        "--enlarge",
-        metavar="HOW",
-        default="bilinear",
-        help="bilinear (the default), bicubic, nearest, or an upscaler: a file, or a name as darionet.initial_weights",
-    )
+    kinds = "bilinear (the default), bicubic, nearest, or an upscaler: a file, or a name as darionet.initial_weights"
+    parser.add_argument("--enlarge", metavar="HOW", default="bilinear", help=kinds)
     parser.add_argument("--resume", nargs="?", const="latest", metavar="RUN", help="go on with a stopped run")
     arguments = parser.parse_args()
 
@@ -74,6 +70,10 @@ def main() -> int:
     random = None if t.random_reduction is None else RandomReduction(reduction, **t.random_reduction.model_dump())
     restore = torch.no_grad()(open_restore(enlarge, reduction, runtime.device))
     loss = partial(distillation_loss, restore=restore, teachers=[teacher], weights=weights)
+
+    def validation_loss(images: torch.Tensor):
+        return loss(images, reduction(images), readers=[evaluated])
+
     betas = (0.9, training.adam_beta2)
     optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=betas, fused=True)
 
@@ -82,7 +82,6 @@ def main() -> int:
     steps = len(epoch_batches(len(train_set), size, epoch=0, **order))  # per epoch
     schedule = (steps * training.epochs, training.learning_rate, training.schedule, training.warmup_steps)
     flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
-    whole_val = [list(range(len(val_set)))[i : i + size] for i in range(0, len(val_set), size)]
     shared = {
         "enlarge": enlarge,
         "training.batch_size x processes": size,
@@ -114,15 +113,7 @@ def main() -> int:
                 break
 
             # Validation, and what an epoch leaves
-            with progress_bar(len(whole_val), "validation", training.verbose, leave=False) as bar:
-                scores = validate(
-                    lambda images: loss(images, reduction(images), readers=[evaluated]),
-                    batches(val_set, whole_val, data.workers, False, run.stopper),
-                    targets,
-                    runtime,
-                    run.stopper,
-                    bar,
-                )
+            scores = run.validate(validation_loss, val_set, targets, size, data.workers)
             if scores is None:
                 break
             row, improved = run.end_epoch(learning_rate_at((epoch + 1) * steps - 1, *schedule), scores)
@@ -144,11 +135,7 @@ def main() -> int:
                     std=evaluated.std.flatten().tolist(),
                     trained_for=note,
                 )
-            print(
-                f"epoch {epoch + 1}/{training.epochs}: loss {row['train_loss']:.4f}; validation loss "
-                f"{row['val_loss']:.4f}, agreement {row['val_agreement']:.4f}; "
-                f"{row['images_per_second']:.1f} images/s, {row['seconds']:.0f} s{' (best so far)' if improved else ''}"
-            )
+            print(run.epoch_line(row, improved))
             run.save()
         return run.finish(f"python examples/adapt_classifier.py --output {output} --enlarge {enlarge}")
 
