@@ -152,7 +152,9 @@ class ImageTree(Dataset):
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
         if not any(folders):
             if required:
-                raise InputError(f"{self.root}: no class folders to measure with; try_darionet.py --small needs none")
+                raise InputError(
+                    f"{self.root}: no class folders to measure with; try_darionet.py --small reads images without labels"
+                )
             return [NO_LABEL] * len(self)
         unknown = sorted(set(folders) - set(indices))
         if "" in unknown:
