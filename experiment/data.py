@@ -152,9 +152,8 @@ class ImageTree(Dataset):
         folders = [unicodedata.normalize("NFC", self.folder_of(i)) for i in range(len(self))]
         if not any(folders):
             if required:
-                raise InputError(
-                    f"{self.root}: no class folders to measure with; try_darionet.py --small reads images without labels"
-                )
+                remedy = "try_darionet.py --small reads images without labels"
+                raise InputError(f"{self.root}: no class folders to measure with; {remedy}")
             return [NO_LABEL] * len(self)
         unknown = sorted(set(folders) - set(indices))
         if "" in unknown:
