@@ -53,10 +53,8 @@ def main() -> int:
     path = arguments.parameters or "parameters.json"
     parameters = read_parameters(path, arguments.set)
     whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
-    other = Run(path, [*arguments.set, *PUBLISHED, whole])
-    if arguments.against:
-        other = Run(arguments.against, arguments.set)
-    runs = {arguments.against or "published": other, "ours": Run(path, arguments.set)}
+    other = (arguments.against, arguments.set) if arguments.against else (path, [*arguments.set, *PUBLISHED, whole])
+    runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
     runtime = start_runtime(parameters.test.precision)
     seed_without_tf32(parameters.test.seed)
     classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)

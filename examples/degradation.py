@@ -17,12 +17,20 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from experiment import plots
-from experiment.data import ImageTree, Transform, batches, epoch_batches
-from experiment.evaluation import Evaluation, evaluate
-from experiment.metrics import BASELINE, ORIGINAL, bootstrap, interval, recovered_draws, write_json
+from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
+from experiment.metrics import (
+    BASELINE,
+    ORIGINAL,
+    bootstrap,
+    interval,
+    recovered_draws,
+    require_finite,
+    write_json,
+)
 from experiment.parameters import read_parameters
 from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
 from experiment.script import run_script, script_parser
@@ -46,50 +54,58 @@ def ways(scale: float) -> dict[str, Callable[[Tensor], Tensor]]:
     }
 
 
+@torch.no_grad()
 def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--weights", nargs="+", metavar="FILE", help="networks (default: darionet.weights)")
     parser.add_argument("--scales", nargs="+", type=float, metavar="S", help="default: transformations.scale")
     arguments = parser.parse_args()
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
+    for scale in arguments.scales or ():
+        if not 0 < scale <= 1:
+            raise InputError(f"--scales {scale:g}: has to be over 0 and at most 1")
     t, options, d = parameters.transformations, parameters.test, parameters.darionet
     runtime = start_runtime(options.precision)
     seed_without_tf32(options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(t.val_crop_size, "transformations.val_crop_size")
-    targets = dataset.targets(classifier.class_names, required=True)
+    targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
     weights = arguments.weights or [d.weights]
     restores |= load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
+    pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
     scales = arguments.scales or [t.scale]
-    if not all(0 < scale <= 1 for scale in scales):
-        raise InputError("--scales: have to be over 0 and at most 1")
-    reductions = {(scale, way): reduce for scale in scales for way, reduce in ways(scale).items()}
-    pipelines = {
-        (*key, name): Pipeline(f"{name}, x{key[0]} {key[1]}", classifier, reduce, restore)
-        for key, reduce in reductions.items()
-        for name, restore in restores.items()
-    }
-    order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
-    lists = epoch_batches(len(dataset), options.batch_size, **order)
-    found, every = Evaluation(), [Pipeline(ORIGINAL, classifier, unchanged, unchanged), *pipelines.values()]
-    count = sum(map(len, lists))
-    with Stopper() as stopper, progress_bar(count, "degradation", options.verbose, unit="image") as bar:
-        arriving = batches(dataset, lists, parameters.data.workers, runtime.device.type == "cuda", stopper)
-        evaluate(every, arriving, dataset, targets, runtime, stopper, bar, found)
-    correct = {pipeline.name: [] for pipeline in every}
-    for row in found.rows:
-        correct[row["variant"]].append(row["correct"])
-    original, unreadable = correct[ORIGINAL], len(found.unreadable)
-    if stopper.requested:
-        print(f"Stopped after {len(original)} of {len(dataset)} images")
-        if not original:
-            return stopper.code
+    reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
+    limit = options.batches_per_epoch
+    lists = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
+
+    right = {key: {name: [] for name in restores} for key in reductions}  # 1 for every image read correctly, else 0
+    original, unreadable = [], 0
+    is_cuda = runtime.device.type == "cuda"
+    with Stopper() as stopper, progress_bar(len(lists), "degradation", options.verbose) as bar:
+        for batch in batches(dataset, lists, parameters.data.workers, is_cuda, stopper):
+            unreadable += len(batch.unreadable)
+            if len(batch.images):
+                images, target = to_float(batch.images, runtime.device), targets[batch.indices].to(runtime.device)
+                with runtime.autocast():
+                    logits = classifier(images)
+                    require_finite(logits, "the original images")
+                    original += (logits.argmax(1) == target).tolist()
+                    for key, reduce in reductions.items():
+                        small = reduce(images)
+                        for pipeline in pipelines:
+                            logits = pipeline(small, tuple(images.shape[-2:]))[2]
+                            require_finite(logits, f"the images of {pipeline.name}")
+                            right[key][pipeline.name] += (logits.argmax(1) == target).tolist()
+            bar.update()
+        if stopper.requested:
+            print(f"Stopped after {len(original)} of {len(dataset)} images")
+    if not original and stopper.requested:
+        return stopper.code
     if not original:
         raise InputError(f"{dataset.root}: none of its images could be read")
 
-    right = {key: {name: correct[pipelines[*key, name].name] for name in restores} for key in reductions}
     rows, means = summarise(right, original, options.seed)
     accuracy = sum(original) / len(original)
     folder = new_run_folder("degradation")
@@ -108,13 +124,12 @@ def main() -> int:
 
 
 def summarise(
-    right: dict[tuple[float, str], dict[str, list[int]]], original: list[int], seed: int
+    right: dict[tuple[float, str], dict[str, list[bool]]], original: list[bool], seed: int
 ) -> tuple[list[dict], dict[str, dict]]:
     """The rows of the table, and what every network recovers in the mean of them; with 95 % intervals.
 
-    `right` and `original` have 1 for every image that was read correctly, else 0. One seed draws the same images for
-    every row, so the mean's interval is that of one sample of images seen in all ways. Rows where bilinear loses
-    nothing have no part in the mean.
+    One seed draws the same images for every row (experiment.metrics.bootstrap), so the mean's interval is that of
+    one sample of images seen in all ways. Rows where bilinear loses nothing have no part in the mean.
     """
     rows, shares = [], {}
     for (scale, reduction), found in right.items():

@@ -106,13 +106,14 @@ def recovered_draws(
     """(variant - bilinear) / (original - bilinear), and the same of every draw; None if bilinear loses nothing."""
     if name in (ORIGINAL, BASELINE, SMALL) or not {ORIGINAL, BASELINE} <= accuracy.keys():
         return None, None
-    lost, lost_draws = (values[ORIGINAL] - values[BASELINE] for values in (accuracy, draws))
+    lost = accuracy[ORIGINAL] - accuracy[BASELINE]
     if lost <= 0:
         return None, None
-    regained, regained_draws = (values[name] - values[BASELINE] for values in (accuracy, draws))
+    fraction = (accuracy[name] - accuracy[BASELINE]) / lost
+    lost_draws = draws[ORIGINAL] - draws[BASELINE]
     if (lost_draws <= 0).any():  # the loss may be nothing: its ratio has no interval
-        return regained / lost, None
-    return regained / lost, regained_draws / lost_draws
+        return fraction, None
+    return fraction, (draws[name] - draws[BASELINE]) / lost_draws
 
 
 def right_or_wrong(rows: list[dict]) -> dict[str, dict[str, int]]:

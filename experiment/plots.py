@@ -120,7 +120,7 @@ def image_grid(
     path: Path,
     notes: list[str] | None = None,
 ) -> None:
-    """Rows of images under named columns. `titles` has a (text, colour) for above every image, `notes` one per row."""
+    """Rows of images under named columns. `titles`: (text, colour) above every image; `notes`: a line per row."""
     rows = len(next(iter(columns.values())))
     size = 1.9 * len(columns), (2.15 + 0.2 * bool(notes) if titles else 1.95) * rows
     with drawing(path, rows, len(columns), figsize=size, squeeze=False) as (figure, axes):

@@ -160,14 +160,17 @@ def keep_freed_memory() -> None:
 
 def processors_in_use(seconds: float = 0.2) -> float:
     """How many processors other programs keep busy, watched for `seconds`; 0 if the system does not say."""
-    idle = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        for wait in (seconds, 0):
-            fields = Path("/proc/stat").read_text(encoding="utf-8").split()  # of all processors: "cpu", then ticks
-            idle.append((int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK"))
-            time.sleep(wait)
-        return max(0.0, os.cpu_count() - (idle[1] - idle[0]) / seconds)
-    return 0.0
+
+    def idle() -> float:
+        fields = Path("/proc/stat").read_text(encoding="utf-8").split()  # of all processors: "cpu", then ticks
+        return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+
+    try:
+        before, begun = idle(), time.monotonic()
+        time.sleep(seconds)
+        return max(0.0, os.cpu_count() - (idle() - before) / (time.monotonic() - begun))
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 @functools.cache

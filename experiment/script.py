@@ -92,8 +92,9 @@ def explain(error: BaseException) -> tuple[int, str] | None:
 
 def run_script(main: Callable[[], int | None]) -> None:
     """Runs `main` and exits: 0 or its own code, 2 for what the user can mend, 1 if a disk fails, 130 after Ctrl-C."""
-    while (number := os.open(os.devnull, os.O_RDWR)) < 3:  # takes the number of a closed stream, or messages would be
-        pass  # written into the next file, which would have it
+    # The number of a closed stream is taken, or the next file would get it, and messages would be written into it.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
     os.close(number)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -127,9 +127,11 @@ class FrozenClassifier(nn.Module):
     def predictions(self, logits: Tensor, top: int = 1) -> list[list[dict]]:
         """The `top` likeliest classes of every row of (N, classes), if there are as many: class, label, probability."""
         best = logits.float().softmax(1).topk(min(top, len(self.labels)))
-        names = [{"class": name, "label": label} for name, label in zip(self.class_names, self.labels, strict=True)]
         return [
-            [names[i] | {"probability": round(p, 6)} for p, i in zip(probabilities, indices, strict=True)]
+            [
+                {"class": self.class_names[i], "label": self.labels[i], "probability": round(p, 6)}
+                for p, i in zip(probabilities, indices, strict=True)
+            ]
             for probabilities, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
