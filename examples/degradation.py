@@ -39,7 +39,7 @@ from models.darionet import load_upscalers, to_device
 from models.errors import InputError
 from models.files import write_text
 from models.pipeline import Enlarge, Pipeline, unchanged
-from models.scaler import Jpeg, Reduction
+from models.scaler import Reduction, Stored
 
 
 def ways(scale: float) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -49,8 +49,8 @@ def ways(scale: float) -> dict[str, Callable[[Tensor], Tensor]]:
         "bilinear": plain,
         "bilinear, antialiased": Reduction(scale, antialias=True),
         "bicubic, antialiased": Reduction(scale, "bicubic", antialias=True),
-        "bilinear, JPEG 75": Jpeg(plain, 75),
-        "bilinear, JPEG 40": Jpeg(plain, 40),
+        "bilinear, JPEG 75": Stored(plain, "JPEG", 75),
+        "bilinear, JPEG 40": Stored(plain, "JPEG", 40),
     }
 
 

@@ -38,7 +38,7 @@ from models.darionet import load_upscalers, other_input, to_device
 from models.errors import InputError
 from models.images import UnreadableImage, to_image
 from models.pipeline import Upscale
-from models.scaler import INTERPOLATIONS, Jpeg, Reduction, Scaler
+from models.scaler import INTERPOLATIONS, Reduction, Scaler, Stored
 
 LEAST, MOST = 2, 6  # times smaller
 NO_JPEG = "no"
@@ -83,7 +83,7 @@ def credit(row: dict[str, str]) -> str:
 def way_to_reduce(times: float, interpolation: str, antialias: bool, jpeg: str | int) -> Callable[[Tensor], Tensor]:
     """Makes images `times` smaller; `jpeg` is the quality of the file that they were stored in, or NO_JPEG."""
     reduction = Reduction(1 / times, interpolation, antialias)
-    return reduction if jpeg == NO_JPEG else Jpeg(reduction, int(jpeg))
+    return reduction if jpeg == NO_JPEG else Stored(reduction, "JPEG", int(jpeg))
 
 
 def pixels(image: Tensor) -> np.ndarray:

@@ -63,6 +63,8 @@ class RandomReductionSection(Section):
     antialias: list[bool] = entry([False, True], "Each image draws one of these.", min_length=1)
     jpeg_probability: Probability = entry(0.3, "Probability that a small image is stored as a JPEG file.")
     jpeg_quality: list[Quality] = entry([40, 95], "Lowest and highest quality of these files.", **PAIR)
+    webp_probability: Probability = entry(0.0, "Probability that a small image is stored as a WebP file.")
+    webp_quality: list[Quality] = entry([40, 90], "Lowest and highest quality of these files.", **PAIR)
 
 
 class TransformationsSection(Section):
@@ -176,9 +178,11 @@ class Parameters(Section):
         for key in ("train_crop_size", "val_crop_size"):
             if getattr(t, key) > t.resize_size:
                 raise ValueError(f"transformations.{key} {getattr(t, key)} is larger than resize_size {t.resize_size}")
-        for key in ("scale", "jpeg_quality") if drawn else ():
+        for key in ("scale", "jpeg_quality", "webp_quality") if drawn else ():
             if getattr(drawn, key)[0] > getattr(drawn, key)[1]:
                 raise ValueError(f"transformations.random_reduction.{key} has to hold the lowest value first")
+        if drawn and drawn.jpeg_probability + drawn.webp_probability > 1:
+            raise ValueError("transformations.random_reduction: jpeg_probability and webp_probability add up to over 1")
         if not any(self.training.loss.model_dump().values()):
             raise ValueError(f"training.loss: at least one of {', '.join(LossSection.model_fields)} has to be over 0")
         read = {"darionet.initial_weights": d.initial_weights, "classifier.weights": self.classifier.weights}

@@ -94,22 +94,26 @@ class Reduction:
 
 
 @dataclass(frozen=True)
-class Jpeg:
-    """A reduction whose small images were stored as JPEG files of `quality` (1 to 95), 4:2:0 chroma as in cameras."""
+class Stored:
+    """A reduction whose small images were stored in a lossy `format`, "JPEG" or "WEBP", of `quality` (1 to 95).
+
+    Both files hold colours at half the resolution (4:2:0), as those of cameras and of the web do.
+    """
 
     reduction: Callable[[Tensor], Tensor]
+    format: str
     quality: int
 
     def __call__(self, images: Tensor) -> Tensor:
         stored = []
         for image in self.reduction(images).cpu():
             file = io.BytesIO()
-            to_image(image).save(file, "JPEG", quality=self.quality)
-            stored.append(to_tensor(Image.open(file, formats=["JPEG"])))
+            to_image(image).save(file, self.format, quality=self.quality)
+            stored.append(to_tensor(Image.open(file, formats=[self.format])))
         return torch.cat(stored).to(images.device)
 
     def __str__(self) -> str:
-        return f"{self.reduction}, JPEG {self.quality}"
+        return f"{self.reduction}, {self.format} {self.quality}"
 
 
 @dataclass(frozen=True)
@@ -123,10 +127,13 @@ class RandomReduction:
     antialias: Sequence[bool]
     jpeg_probability: float  # how many images are stored as JPEG files
     jpeg_quality: Sequence[int]  # lowest and highest
+    webp_probability: float = 0.0
+    webp_quality: Sequence[int] = (40, 90)
 
     def __str__(self) -> str:
         kinds = f"{'/'.join(self.interpolation)}{', some antialiased' if any(self.antialias) else ''}"
-        stored = f", {self.jpeg_probability:.0%} JPEG" if self.jpeg_probability else ""
+        shares = {"JPEG": self.jpeg_probability, "WebP": self.webp_probability}
+        stored = "".join(f", {share:.0%} {name}" for name, share in shares.items() if share)
         drawn = f"x{self.scale[0]:.3g} to {self.scale[1]:.3g} {kinds}{stored}"
         return drawn if self.share == 1 else f"{self.share:.0%} of the batches {drawn}; the others {self.plain}"
 
@@ -140,6 +147,9 @@ class RandomReduction:
         for index in indices:
             rng = random.Random(f"{key}/{index}")
             one = Reduction(scale, rng.choice(self.interpolation), rng.choice(self.antialias))
-            stored = rng.random() < self.jpeg_probability
-            reductions.append(Jpeg(one, rng.randint(*self.jpeg_quality)) if stored else one)
+            if (chance := rng.random()) < self.jpeg_probability:
+                one = Stored(one, "JPEG", rng.randint(*self.jpeg_quality))
+            elif chance < self.jpeg_probability + self.webp_probability:
+                one = Stored(one, "WEBP", rng.randint(*self.webp_quality))
+            reductions.append(one)
         return lambda images: torch.cat([one(images[i : i + 1]) for i, one in enumerate(reductions)])

@@ -18,7 +18,7 @@ from models.errors import InputError
 from models.images import to_image, to_tensor
 from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
 from models.rrdbnet import RRDBNet
-from models.scaler import Jpeg, RandomReduction, Reduction, Scaler, reduced_length
+from models.scaler import RandomReduction, Reduction, Scaler, Stored, reduced_length
 
 
 def network_of(architecture: str, classes: int = 2, **options) -> nn.Module:
@@ -422,10 +422,11 @@ def test_variants_without_a_network(classifier):
     assert rebuilt.equal(Scaler((50, 50), "bicubic")(Scaler((16, 16))(images)).clamp(0, 1))
 
 
-def test_jpeg_loses_a_little():
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP"])
+def test_a_stored_file_loses_a_little(kind):
     images = drawn_images(2, 50)
     small = Reduction()(images)
-    better, worse = (Jpeg(Reduction(), quality)(images) for quality in (95, 20))
+    better, worse = (Stored(Reduction(), kind, quality)(images) for quality in (95, 20))
     assert better.shape == small.shape and worse.min() >= 0 and worse.max() <= 1
     assert 0 < (better - small).abs().mean() < (worse - small).abs().mean() < 0.1
 
@@ -442,6 +443,8 @@ def test_a_reduction_drawn_for_every_image():
     assert min(sides) >= 10 and max(sides) <= 20 and len(sides) > 5
     plain = RandomReduction(Reduction(), 1.0, [0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95])
     assert plain.drawn("x", range(8))(images).equal(Reduction()(images))
+    webp = RandomReduction(Reduction(), 1.0, [0.32, 0.32], ["bilinear"], [False], 0.0, [40, 95], 1.0, [50, 50])
+    assert webp.drawn("x", range(8))(images).equal(Stored(Reduction(), "WEBP", 50)(images))
     half = RandomReduction(Reduction(), share=0.5, scale=[0.4, 0.5], jpeg_probability=0.5, **options)
     assert 30 < sum(half.drawn(str(key), [0]) == Reduction() for key in range(100)) < 70
 

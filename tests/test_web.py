@@ -23,7 +23,7 @@ from PIL import Image
 from experiment.evaluation import ask
 from experiment.parameters import read_parameters
 from models.pipeline import Enlarge, Pipeline, unchanged
-from models.scaler import Jpeg, Reduction
+from models.scaler import Reduction, Stored
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -63,7 +63,7 @@ def test_what_the_page_shows(web, networks, method, antialias, quality):
     draw("checks", 5, 90).save("a.png")
     image, reduce = networks.load(Path("a.png")), Reduction(0.25, method, antialias)
     if quality:
-        reduce = Jpeg(reduce, quality)
+        reduce = Stored(reduce, "JPEG", quality)
     rows = web.read_all(networks, image, web.way_to_reduce(4, method, antialias, quality or web.NO_JPEG))
     assert list(rows) == ["Original", "Small", "Bilinear", "DarioNet"] and rows["Small"].size == (8, 8)
     assert np.array_equal(rows["Original"].image, web.pixels(image[0]))
