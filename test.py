@@ -37,7 +37,7 @@ from experiment.evaluation import (
 )
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import read_parameters
-from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import default_weights, noted_architecture, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
@@ -74,8 +74,7 @@ def main() -> int:
         # Set-up
         t, options, section = parameters.transformations, parameters.test, parameters.classifier
         weights = arguments.weights or [parameters.darionet.weights]
-        runtime = start_runtime(options.precision)
-        seed_without_tf32(options.seed)
+        runtime = start_runtime(options.precision, options.seed)
         side, is_small = t.val_crop_size, arguments.small
         full_side = side if is_small else None  # what small images are rebuilt to
         transform = whole_small(side) if is_small else Transform(t.resize_size, side)

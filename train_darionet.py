@@ -21,10 +21,9 @@ from experiment import plots
 from experiment.data import ImageTree, Transform, epoch_batches, to_float
 from experiment.distillation import distillation_loss, learning_rate_at
 from experiment.evaluation import draw_samples
-from experiment.metrics import log_to_tensorboard, require_tensorboard
 from experiment.parameters import read_parameters
 from experiment.run import Run, run_to_resume
-from experiment.runtime import compiled, seed_without_tf32, start_runtime
+from experiment.runtime import compiled, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import build_darionet, to_device
@@ -46,9 +45,7 @@ def main() -> int:
     parameters = read_parameters(arguments.parameters or default, arguments.set)
     t, training, data, d = parameters.transformations, parameters.training, parameters.data, parameters.darionet
     data.refuse_training_on_held_out_images()
-    require_tensorboard(training.tensorboard)
-    runtime = start_runtime(training.precision)
-    seed_without_tf32(training.seed)
+    runtime = start_runtime(training.precision, training.seed)
     if training.save and runtime.is_main:
         refuse_unwritable_weights(d.weights, "darionet.weights")
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
@@ -133,15 +130,13 @@ def main() -> int:
             if scores is None:
                 break
             row, improved = run.end_epoch(learning_rate_at((epoch + 1) * steps - 1, *schedule), scores)
+            picture = run.folder / "samples" / f"epoch_{epoch + 1:02d}.png"
             if runtime.is_main:
                 if improved:
                     run.save_weights(evaluated, note)
                 plots.training_curves(run.state.history, run.folder / "curves.png")
-                strip = run.folder / "samples" / f"epoch_{epoch + 1:02d}.png"
-                draw_samples(val_set, reduction, evaluated_restore, runtime, strip)
-                if training.tensorboard:
-                    log_to_tensorboard(run.folder / "tensorboard", row, strip)
-            print(run.epoch_line(row, improved))
+                draw_samples(val_set, reduction, evaluated_restore, runtime, picture)
+            run.log(row, improved, picture)
             run.save()
         return run.finish("python train_darionet.py")
 

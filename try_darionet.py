@@ -29,7 +29,7 @@ from experiment.data import ImageTree, photograph, small_batches, to_float, whol
 from experiment.evaluation import ask, draw_sheet, full_size, output_name, save_images, to_rebuild
 from experiment.metrics import BASELINE, write_csv, write_json
 from experiment.parameters import Parameters, parameters_or_shipped
-from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import Runtime, Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.sampling import refuse_overlap
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
@@ -69,8 +69,7 @@ def main() -> int:
     t, side = parameters.transformations, parameters.transformations.val_crop_size
     reduction = Reduction(t.scale, t.interpolation, t.antialias)
     weights = arguments.weights or [parameters.darionet.weights]
-    runtime = start_runtime(parameters.test.precision)
-    seed_without_tf32(parameters.test.seed)
+    runtime = start_runtime(parameters.test.precision, parameters.test.seed)
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(side, "transformations.val_crop_size")
     restores = {BASELINE: Enlarge("bilinear")}

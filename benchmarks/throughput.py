@@ -40,7 +40,7 @@ from benchmarks.plain import plain_loss
 from experiment.data import Batch, to_float
 from experiment.distillation import distillation_loss, validate
 from experiment.run import Run
-from experiment.runtime import DTYPES, Runtime, Stopper, compiled, seed_without_tf32, start_runtime
+from experiment.runtime import DTYPES, Runtime, Stopper, compiled, start_runtime
 from models.classifier import FrozenClassifier
 from models.darionet import to_device
 from models.rrdbnet import RRDBNet
@@ -64,8 +64,7 @@ def main() -> int:
     features, blocks, growth = arguments.size
     arguments.size = (features, 4 if arguments.quick else blocks, growth)
 
-    runtime = start_runtime("auto")
-    seed_without_tf32(1337)
+    runtime = start_runtime("auto", 1337)
     print(f"Machine: {machine(runtime)}; torch {torch.__version__}, torchvision {torchvision.__version__}")
     if not arguments.no_checks:
         print("\nCorrectness: |difference| / |expected|")

@@ -22,7 +22,7 @@ from experiment.evaluation import Evaluation, evaluate, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
 from experiment.parameters import Parameters, read_parameters
 from experiment.run import load_checkpoint
-from experiment.runtime import Runtime, Stopper, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import Runtime, Stopper, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import build_darionet, to_device
@@ -55,8 +55,7 @@ def main() -> int:
     whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
     other = (arguments.against, arguments.set) if arguments.against else (path, [*arguments.set, *PUBLISHED, whole])
     runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
-    runtime = start_runtime(parameters.test.precision)
-    seed_without_tf32(parameters.test.seed)
+    runtime = start_runtime(parameters.test.precision, parameters.test.seed)
     classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)
 
     found: dict[str, list[dict]] = {name: [] for name in runs}

@@ -27,7 +27,7 @@ from experiment.distillation import distillation_loss, learning_rate_at
 from experiment.evaluation import open_restore
 from experiment.parameters import read_parameters
 from experiment.run import Run, run_to_resume
-from experiment.runtime import seed_without_tf32, start_runtime
+from experiment.runtime import start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier, save_classifier
 from models.darionet import to_device
@@ -54,10 +54,9 @@ def main() -> int:
     weights = {name: weight for name, weight in training.loss.model_dump().items() if weight and name != "pixels"}
     if not weights:
         raise InputError("training.loss: pixels alone teach a classifier nothing: set logits, as in logits 1")
-    runtime = start_runtime(training.precision)
+    runtime = start_runtime(training.precision, training.seed)
     if runtime.processes > 1:
         raise InputError("one process adapts a classifier: start it with python, not with torchrun")
-    seed_without_tf32(training.seed)
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
     teacher = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     for key in ("train_crop_size", "val_crop_size"):
@@ -135,7 +134,7 @@ def main() -> int:
                     std=evaluated.std.flatten().tolist(),
                     trained_for=note,
                 )
-            print(run.epoch_line(row, improved))
+            run.log(row, improved)
             run.save()
         return run.finish(f"python examples/adapt_classifier.py --output {output} --enlarge {enlarge}")
 

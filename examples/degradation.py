@@ -32,7 +32,7 @@ from experiment.metrics import (
     write_json,
 )
 from experiment.parameters import read_parameters
-from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, to_device
@@ -65,8 +65,7 @@ def main() -> int:
         if not 0 < scale <= 1:
             raise InputError(f"--scales {scale:g}: has to be over 0 and at most 1")
     t, options, d = parameters.transformations, parameters.test, parameters.darionet
-    runtime = start_runtime(options.precision)
-    seed_without_tf32(options.seed)
+    runtime = start_runtime(options.precision, options.seed)
     dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(t.val_crop_size, "transformations.val_crop_size")

@@ -24,7 +24,7 @@ from experiment.data import ImageTree, Transform, batches, epoch_batches, small_
 from experiment.evaluation import full_size
 from experiment.metrics import BASELINE, bootstrap, interval, mcnemar, mcnemar_line, require_finite, write_json
 from experiment.parameters import read_parameters
-from experiment.runtime import Stopper, new_run_folder, progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, to_device
@@ -59,8 +59,7 @@ def main() -> int:
     parameters = read_parameters(arguments.parameters or "parameters.json", arguments.set)
     t, options, sides = parameters.transformations, parameters.test, arguments.sides
     weights = arguments.weights or [parameters.darionet.weights]
-    runtime = start_runtime(options.precision)
-    seed_without_tf32(options.seed)
+    runtime = start_runtime(options.precision, options.seed)
     crop = t.val_crop_size
     dataset = ImageTree(parameters.data.test, whole_small(crop) if arguments.small else Transform(t.resize_size, crop))
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)

@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.parameters import read_parameters
 from experiment.run import claimed
-from experiment.runtime import progress_bar, seed_without_tf32, start_runtime
+from experiment.runtime import progress_bar, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, published_weights, save_classifier
 from models.darionet import to_device
@@ -53,8 +53,7 @@ def main() -> None:
     if output is None or output in published_weights(name):
         raise InputError("classifier.weights: has to name the file to write, not torchvision's own weights")
     refuse_unwritable_weights(output, "classifier.weights")
-    runtime = start_runtime(parameters.training.precision)
-    seed_without_tf32(seed)
+    runtime = start_runtime(parameters.training.precision, seed)
 
     train_set, val_set = ImageTree(data.train), ImageTree(data.val, Transform(t.resize_size, t.val_crop_size))
     class_names = sorted({train_set.folder_of(i) for i in range(len(train_set))} - {""})

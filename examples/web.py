@@ -31,7 +31,7 @@ from experiment.data import photograph, to_float
 from experiment.evaluation import ask, make_pipelines
 from experiment.metrics import BASELINE, ORIGINAL, SMALL
 from experiment.parameters import Parameters, TransformationsSection, parameters_or_shipped
-from experiment.runtime import Runtime, Stopper, seed_without_tf32, start_runtime
+from experiment.runtime import Runtime, Stopper, start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import FrozenClassifier, open_classifier
 from models.darionet import load_upscalers, other_input, to_device
@@ -297,8 +297,7 @@ def main() -> int:
 
 
 def open_networks(parameters: Parameters, weights: list[str]) -> Networks:
-    t, runtime = parameters.transformations, start_runtime(parameters.test.precision)
-    seed_without_tf32(parameters.test.seed)
+    t, runtime = parameters.transformations, start_runtime(parameters.test.precision, parameters.test.seed)
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(t.val_crop_size, "transformations.val_crop_size")
     upscalers = load_upscalers(weights, None, runtime.device, t.interpolation, t.antialias)

@@ -10,7 +10,8 @@ import re
 import signal
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,11 +25,9 @@ from torch.utils.data import DataLoader, Dataset
 from experiment.runtime import STOP_SIGNALS, Stopper, keep_freed_memory
 from experiment.sampling import open_images
 from models.errors import InputError, OneProcessError
-from models.images import UnreadableImage, read_image
+from models.images import UnreadableImage, read_image, size_in_header
 from models.scaler import size_of_shorter_side
 
-READ_AT_ONCE = 16  # small images that a worker reads before it hands them over
-WAITING = 16  # times the pixels of a batch: so many may wait for more images of their size
 LARGEST_SMALL, SMALLEST_LARGE = 1.5, 0.5  # times the crop: larger images are not small, smaller ones no originals
 LONGEST = 8  # sides; only the middle of a longer strip is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
@@ -267,36 +266,6 @@ def start_worker(number: int) -> None:
     keep_freed_memory()  # not inherited if workers are not forked
 
 
-def batches_of_one_size(arriving: Iterable[Batch], full: Callable[[int, int], int], waiting: int) -> Iterator[Batch]:
-    """Joins batches whose images have the same size to full ones, without padding; the last of a size may hold fewer.
-
-    `full` maps (height, width) to the images of a full batch. If more than `waiting` pixels wait for more of their
-    size, the largest group goes as it is.
-    """
-    groups: dict[tuple[int, int], Batch] = {}
-
-    def pixels(size: tuple[int, int]) -> int:
-        return groups[size].images[:, 0].numel()
-
-    for batch in arriving:
-        if not len(batch.images):  # none of them could be read
-            yield batch
-            continue
-        size = tuple(batch.images.shape[-2:])
-        if before := groups.pop(size, None):
-            images, indices = (torch.cat(pair) for pair in zip(before[:2], batch[:2], strict=True))
-            batch = Batch(images, indices, before.unreadable + batch.unreadable)
-        many = full(*size)
-        while len(batch.images) >= many:
-            yield Batch(batch.images[:many], batch.indices[:many], batch.unreadable)
-            batch = Batch(batch.images[many:].clone(), batch.indices[many:], [])  # a view would hold all of it
-        if len(batch.images):
-            groups[size] = batch
-        while sum(map(pixels, groups)) > waiting:
-            yield groups.pop(max(groups, key=pixels))
-    yield from groups.values()
-
-
 def small_batches(
     dataset: ImageTree, chosen: list[int], workers: int, batch_size: int, side: int, stopper: Stopper | None = None
 ) -> Iterator[Batch]:
@@ -304,13 +273,15 @@ def small_batches(
 
     A batch has at most as many small and as many rebuilt pixels as `batch_size` square images of `side` pixels.
     """
-    pixels = batch_size * side**2
-
-    def full(height: int, width: int) -> int:
-        return max(1, int(min(pixels / (height * width), batch_size * min(height, width) / max(height, width))))
-
-    parts = [chosen[i : i + READ_AT_ONCE] for i in range(0, len(chosen), READ_AT_ONCE)]
-    return batches_of_one_size(batches(dataset, parts, workers, stopper=stopper), full, WAITING * pixels)
+    by_size = defaultdict(list)
+    for index in chosen:
+        by_size[size_in_header(os.path.join(dataset.root, dataset.paths[index])) or (side, side)].append(index)
+    lists = []
+    for (width, height), indices in by_size.items():
+        shape = min(width, height) / max(width, height)
+        many = max(1, int(batch_size * min(side**2 / (width * height), shape)))
+        lists += [indices[i : i + many] for i in range(0, len(indices), many)]
+    return batches(dataset, lists, workers, stopper=stopper)
 
 
 def to_float(images: Tensor, device: torch.device | str) -> Tensor:

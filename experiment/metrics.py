@@ -213,16 +213,16 @@ def require_tensorboard(wanted: bool) -> None:
         raise InputError("training.tensorboard: TensorBoard is not installed; pip install tensorboard")
 
 
-def log_to_tensorboard(folder: Path, row: dict, strip: Path) -> None:
-    """Adds a row of history.csv, and the picture `strip` if it was drawn, to what TensorBoard shows of a run."""
+def log_to_tensorboard(folder: Path, row: dict, picture: Path | None) -> None:
+    """Adds a row of history.csv, and a picture if it was drawn, to what TensorBoard shows of a run."""
     from torch.utils.tensorboard import SummaryWriter  # no part of requirements.txt
 
     with SummaryWriter(folder) as writer:
         for key, value in row.items():
             if key != "epoch" and value is not None:
                 writer.add_scalar(key, value, row["epoch"])
-        if strip.is_file():
-            writer.add_image("samples", np.array(Image.open(strip).convert("RGB")), row["epoch"], dataformats="HWC")
+        if picture and picture.is_file():
+            writer.add_image("samples", np.array(Image.open(picture).convert("RGB")), row["epoch"], dataformats="HWC")
 
 
 def write_json(path: Path, values: object) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from experiment.data import Batch, ImageTree, batches, epoch_batches
 from experiment.distillation import Losses, ema_update, validate
-from experiment.metrics import write_csv, write_json
+from experiment.metrics import log_to_tensorboard, require_tensorboard, write_csv, write_json
 from experiment.runtime import LOGS, Runtime, Stopper, new_run_folder, progress_bar
 from models.errors import InputError
 from models.files import remove_partials, replace, write_atomically
@@ -81,6 +81,7 @@ class Run:
         self.stopped = False  # a signal asked to stop, and every process knows
 
     def __enter__(self) -> "Run":
+        require_tensorboard(self.training["tensorboard"])
         is_main, is_new = self.runtime.is_main, self.folder is None
         with contextlib.ExitStack() as exits:
             exits.enter_context(self.stopper)
@@ -240,15 +241,17 @@ class Run:
             write_csv(self.folder / "history.csv", self.state.history)
         return row, row["val_loss"] < state.best
 
-    def epoch_line(self, row: dict, improved: bool) -> str:
-        """A line on what `end_epoch` gave."""
+    def log(self, row: dict, improved: bool, picture: Path | None = None) -> None:
+        """Says on one line what `end_epoch` gave; TensorBoard, if wanted, shows it, too, and the picture."""
         accuracy = "" if row["val_accuracy"] is None else f"accuracy {row['val_accuracy']:.4f}, "
-        return (
+        print(
             f"epoch {row['epoch']}/{self.training['epochs']}: loss {row['train_loss']:.4f}; "
             f"validation loss {row['val_loss']:.4f}, {row['val_psnr_db']:.2f} dB, {accuracy}"
             f"agreement {row['val_agreement']:.4f}; {row['images_per_second']:.1f} images/s, "
             f"{row['seconds']:.0f} s{' (best so far)' if improved else ''}"
         )
+        if self.training["tensorboard"] and self.runtime.is_main:
+            log_to_tensorboard(self.folder / "tensorboard", row, picture)
 
     def save_weights(self, network: nn.Module, note: dict) -> None:
         """Writes the best weights to best.pt and `output`; `note` says what they were trained for."""

@@ -109,12 +109,15 @@ class Runtime:
         return f"{several}{machine}, {self.precision}"
 
 
-def start_runtime(precision: str) -> Runtime:
+def start_runtime(precision: str, seed: int = 0) -> Runtime:
     """The GPU if there is one (a Mac's is "mps"), else the CPU; "auto" takes the fastest precision in hardware.
 
-    Under torchrun it joins the other processes, each on the GPU of its local rank.
+    Under torchrun it joins the other processes, each on the GPU of its local rank. Seeds torch, and keeps float32 what
+    it says on GPUs that would round it to tf32.
     """
     refuse_tasks_without_torchrun()
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     rank, local, processes = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if torch.cuda.is_available():
         count, device = torch.cuda.device_count(), torch.device("cuda", local)
@@ -198,13 +201,6 @@ def cpu_has_bf16() -> bool:
     with contextlib.suppress(OSError):
         return bool({"avx512_bf16", "amx_bf16"} & set(Path("/proc/cpuinfo").read_text().split()))
     return False
-
-
-def seed_without_tf32(seed: int) -> None:
-    """Seeds torch, and keeps float32 what it says on GPUs that would round it to tf32."""
-    torch.manual_seed(seed)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def compiled(function: Callable) -> Callable:

@@ -51,6 +51,15 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     raise UnreadableImage(reason.replace("\n", " ")[:200])
 
 
+def size_in_header(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(width, height) of an image as its file begins, before it is turned upright; None if that can't be read."""
+    with warnings.catch_warnings(action="ignore"), contextlib.suppress(Exception):
+        if os.path.isfile(path):  # opening a FIFO would wait for ever
+            with Image.open(path, formats=FORMATS) as image:
+                return image.size if all(image.size) else None
+    return None
+
+
 def as_shown(image: Image.Image) -> Image.Image:
     """An image, best not loaded yet, as 8-bit sRGB, upright, on white."""
     refuse_odd_layout(image)

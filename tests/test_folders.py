@@ -14,7 +14,7 @@ from conftest import draw, one_line
 from PIL import Image
 
 from experiment import evaluation
-from experiment.data import Batch, ImageTree, batches_of_one_size
+from experiment.data import ImageTree, Whole, small_batches
 from experiment.evaluation import LONGEST_NAME, output_name
 from models.darionet import load_rrdbnet
 from models.pipeline import Upscale
@@ -55,16 +55,16 @@ def rebuilt(small: torch.Tensor | Path, size: tuple[int, int] = (32, 32)) -> np.
     return (image[0].permute(1, 2, 0) * 255).round().int().numpy()
 
 
-def test_batches_hold_one_size():
-    """Of three images; the largest group when over 250 pixels wait; the rest at the end."""
-
-    def batch(side: int, *indices: int) -> Batch:
-        return Batch(torch.zeros(len(indices), 3, side, side, dtype=torch.uint8), torch.tensor(indices), [])
-
-    arriving = [batch(10, 0, 1), batch(2, 2), batch(10, 3, 4, 5, 6, 7), batch(10, 8), batch(12, 10)]
-    found = batches_of_one_size(arriving, lambda height, width: 3, waiting=250)
-    expected = [(10, [0, 1, 3]), (10, [4, 5, 6]), (10, [7, 8]), (2, [2]), (12, [10])]
-    assert [(batch.images.shape[-1], batch.indices.tolist()) for batch in found] == expected
+def test_batches_hold_one_size(tmp_path):
+    """Of as many images as have the pixels of four of 8 x 8; a file that is no image joins them."""
+    sizes = [(8, 8), (4, 8), (8, 8), (16, 16), (8, 8), (4, 8), (8, 8), (8, 8), (4, 4)]
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size).save(tmp_path / f"{i}.png")
+    (tmp_path / "9.png").write_text("no image")
+    found = list(small_batches(ImageTree(str(tmp_path), Whole(16)), list(range(10)), 0, 4, 8))
+    assert [batch.indices.tolist() for batch in found] == [[0, 2, 4, 6], [7], [1, 5], [3], [8]]
+    assert [batch.images.shape[-1] for batch in found] == [8, 8, 4, 16, 4]
+    assert [index for index, _ in found[1].unreadable] == [9]
 
 
 def test_a_batch_gives_what_one_at_a_time_gives(start, icons):
