@@ -76,7 +76,7 @@ def main() -> int:
         weights = arguments.weights or [parameters.darionet.weights]
         runtime = start_runtime(options.precision, options.seed)
         side, is_small = t.val_crop_size, arguments.small
-        full_side = side if is_small else None  # what small images are rebuilt to
+        rebuilt_side = side if is_small else None  # what images that are small already are rebuilt to
         transform = whole_small(side) if is_small else Transform(t.resize_size, side)
         dataset = ImageTree(parameters.data.test, transform)
         reduction = Reduction(t.scale, t.interpolation, t.antialias)
@@ -92,8 +92,8 @@ def main() -> int:
             adapted = open_classifier(**section.model_dump() | {"weights": path})
             if adapted.class_names != classifier.class_names:
                 raise InputError(f"{path}: its classes are not those of classifier.weights: adapt the same classifier")
-            how = str(trained_for(path).get("enlarge", "bilinear"))
-            rivals[name] = to_device(adapted, runtime.device), open_restore(how, reduction, runtime.device)
+            enlarging = str(trained_for(path).get("enlarge", "bilinear"))
+            rivals[name] = to_device(adapted, runtime.device), open_restore(enlarging, reduction, runtime.device)
         small, left_out = reduced_length(side, t.scale), [ORIGINAL, SMALL] if is_small else []
         if not is_small and classifier.refusal(small, small):
             left_out = [SMALL]
@@ -123,7 +123,7 @@ def main() -> int:
             else:
                 arriving = batches(dataset, chosen, workers, is_cuda, stopper)
             with progress_bar(sum(map(len, chosen)), "test", options.verbose, unit="image") as bar:
-                evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, full_side)
+                evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result, keep, rebuilt_side)
             if stopped := stopper.agree(*runtime.sum_numbers(stopper.requested)):
                 break
         result = joined(runtime.gather(result), [dataset.paths[i] for chosen in lists for i in chosen])
@@ -148,7 +148,6 @@ def main() -> int:
             results |= {"mcnemar": tests, "training_run": run, "seed": options.seed, "unreadable": unreadable}
             metrics.write_json(folder / "results.json", results | {"stopped_early": stopped})
             metrics.write_csv(folder / "predictions.csv", rows)
-            metrics.write_csv(folder / "decisions.csv", metrics.decisions(rows, ours))
             classes = metrics.per_class(rows, classifier.class_names, classifier.labels)
             metrics.write_csv(folder / "classes.csv", classes)
             early = ", stopped early" * stopped
@@ -163,7 +162,7 @@ def main() -> int:
                 plots.f1_difference(classes, folder / "f1_difference.png", ours)
             plots.class_bars(classes, folder / "classes.png", ours=ours)
             try:
-                draw_images(pipelines, dataset, rows, runtime, folder, full_side)
+                draw_images(pipelines, dataset, rows, runtime, folder, rebuilt_side)
             except UnreadableImage as error:
                 print(f"Figures that show images are left out: {error}")
             figures = {heading: folder / name for heading, name in FIGURES.items()}

@@ -78,13 +78,13 @@ def main() -> int:
     betas = (0.9, training.adam_beta2)
     optimizer = torch.optim.Adam(network.parameters(), lr=training.learning_rate, betas=betas, fused=True)
 
-    size = training.batch_size * runtime.processes
+    images_per_step = training.batch_size * runtime.processes
     order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
-    steps = len(epoch_batches(len(train_set), size, epoch=0, **order))  # per epoch
+    steps = len(epoch_batches(len(train_set), images_per_step, epoch=0, **order))  # per epoch
     schedule = (steps * training.epochs, training.learning_rate, training.schedule, training.warmup_steps)
     flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
     shared = {  # what a resumed run has to share with this one
-        "training.batch_size x processes": size,
+        "training.batch_size x processes": images_per_step,
         "used_precision": runtime.precision,  # what "auto" is here
         "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         "classifier_weights": [teacher.fingerprint() for teacher in teachers],
@@ -111,7 +111,7 @@ def main() -> int:
         for epoch in run.epochs():
             # Training
             train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
-            of_epoch = epoch_batches(len(train_set), size, epoch=epoch, **order)
+            of_epoch = epoch_batches(len(train_set), images_per_step, epoch=epoch, **order)
             for batch in run.batches(train_set, of_epoch, data.workers):
                 reduce, step = reduction, run.state.batch
                 if random is not None:
@@ -126,7 +126,7 @@ def main() -> int:
                 break
 
             # Validation, and what an epoch leaves
-            scores = run.validate(validation_loss, val_set, targets, size, data.workers)
+            scores = run.validate(validation_loss, val_set, targets, images_per_step, data.workers)
             if scores is None:
                 break
             row, improved = run.end_epoch(learning_rate_at((epoch + 1) * steps - 1, *schedule), scores)

@@ -12,7 +12,8 @@ It computes in float32; --set test.precision=auto is faster if the device has bf
 Files go to assets/logs/try_<stamp>_<image>/; a window opens if there is a screen. If no DarioNet was trained yet, the
 network of examples/photographs is taken with its classifier.
 
---save works for one image and for a photograph too. Paths below OUT are those below the folder: a.png keeps its name,
+--save works for one image and for a photograph too. What is transparent becomes white, and of several frames the first
+is taken. Paths below OUT are those below the folder: a.png keeps its name,
 a.jpg becomes a.jpg.png (and a.jpg.png, which must not be the same, a.jpg.png.png); a name that gets too long ends in a
 hash. The same command goes on after a folder's run was stopped: a file that already exists is not rebuilt again. Its
 row of predictions.csv names it and is otherwise empty; the run that made it had its predictions. --overwrite rebuilds
@@ -35,7 +36,7 @@ from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_upscalers, other_input, other_size, to_device
 from models.errors import InputError
-from models.images import UnreadableImage, is_flattened, read_image
+from models.images import UnreadableImage, read_image
 from models.pipeline import Enlarge, Pipeline, unchanged
 from models.scaler import Reduction, reduced_length
 
@@ -121,8 +122,7 @@ def main() -> int:
     for p in predictions:
         print(f"{p['of']:{width}}  {p['label']} ({p['probability']:.1%})")
     if target:
-        flattened = ", its first frame, on white" if is_flattened(path) else ""
-        print(f"The rebuilt image: {target}{flattened}")
+        print(f"The rebuilt image: {target}")
     print(folder)
     plots.show_window(figure)
     return 0
@@ -144,7 +144,9 @@ def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Run
         small = found[0][0][0]
         title = f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px"
         lines.append((title, [images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)]))
-    plots.scales(lines, ["original", "small", "bilinear", *(row.name for row in rows[1:])], path)
+    headings = ["original", "small", "bilinear", *(row.name for row in rows[1:])]
+    columns = {heading: [images[c] for _, images in lines] for c, heading in enumerate(headings)}
+    plots.image_grid(columns, None, path, [title for title, _ in lines])
 
 
 def read_folder(
@@ -206,9 +208,6 @@ def read_folder(
         if lines:
             write_csv(folder / "predictions.csv", [lines[i] for i in sorted(lines)])
             print(f"{count} images read: {folder / 'predictions.csv'}" + (f"; rebuilt ones in {out}" if out else ""))
-    flattened = sum(is_flattened(path / names[i]) for i in chosen if out and i in lines)
-    if flattened:
-        print(f"{flattened} images have transparency or several frames: rebuilt is their first frame, on white")
     if stopper.requested:
         goes_on = "; the same command goes on" if out else ""
         print(f"Stopped: {count + len(unreadable)} of {len(chosen)} images were looked at{goes_on}")

@@ -28,7 +28,7 @@ from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image, size_in_header
 from models.scaler import size_of_shorter_side
 
-LARGEST_SMALL, SMALLEST_LARGE = 1.5, 0.5  # times the crop: larger images are not small, smaller ones no originals
+LARGEST_SMALL, SMALLEST_LARGE = 1.5, 0.5  # crops: over the first an image is not small, under the second no original
 LONGEST = 8  # sides; only the middle of a longer strip is used, or a 20000x1 image would be resized to gigabytes
 NO_LABEL = -1
 SAMPLED = 1000  # files whose contents a fingerprint sees

@@ -46,7 +46,7 @@ def make_pipelines(
     classifier: FrozenClassifier,
     reduction: Callable[[Tensor], Tensor],
     networks: dict[str, Upscale],
-    rivals: dict[str, tuple[FrozenClassifier, Enlarge | Upscale]] | None = None,
+    rivals: dict[str, tuple[FrozenClassifier, Upscale]] | None = None,
 ) -> list[Pipeline]:
     """The rows of the results table in their order, ours last. A new row is a Pipeline in this list.
 
@@ -62,7 +62,7 @@ def make_pipelines(
     ]
 
 
-def open_restore(how: str, reduction: Reduction, device: torch.device) -> Enlarge | Upscale:
+def open_restore(how: str, reduction: Reduction, device: torch.device) -> Upscale:
     """What enlarges the small images that an adapted classifier reads.
 
     `how` is an interpolation or an upscaler's weights, a file or a name in models.weights.URLS; else raises InputError.
@@ -205,9 +205,7 @@ def draw_sheet(
 
 
 @torch.no_grad()
-def draw_samples(
-    dataset: ImageTree, reduction: Reduction, restore: Enlarge | Upscale, runtime: Runtime, path: Path
-) -> None:
+def draw_samples(dataset: ImageTree, reduction: Reduction, restore: Upscale, runtime: Runtime, path: Path) -> None:
     """Writes a figure of images from all over a folder: original, small, bilinear, DarioNet."""
     spread = range(0, len(dataset), max(1, len(dataset) // SAMPLES))
     images = [image for _, image in map(dataset.__getitem__, spread) if isinstance(image, Tensor)][:SAMPLES]

@@ -144,19 +144,6 @@ def mcnemar_line(test: dict) -> str:
     return f"{alone} {test['only_second']}: McNemar's exact test gives {p}."
 
 
-def decisions(rows: list[dict], ours: str = OURS) -> list[dict]:
-    """Per image, whether DarioNet, the variant `ours`, flipped the decision on the bilinear image: decisions.csv."""
-    names = {(0, 0): "stays wrong", (0, 1): "flipped to right", (1, 0): "flipped to wrong", (1, 1): "stays right"}
-    classes = {row["image"]: row["class"] for row in rows}
-    table = []
-    for image, right in right_or_wrong(rows).items():
-        row = {"image": image, "class": classes[image]}
-        row |= {"original": right[ORIGINAL]} if ORIGINAL in right else {}
-        row |= {"bilinear": right[BASELINE], "darionet": right[ours]}
-        table.append(row | {"decision": names[right[BASELINE], right[ours]]})
-    return table
-
-
 def worst_cases(rows: list[dict], count: int, ours: str = OURS) -> list[str]:
     """Images that the classifier knows in the original, if there is one, and misreads most confidently when rebuilt."""
     lost = {row["image"] for row in rows if row["variant"] == ORIGINAL and not row["correct"]}

@@ -218,14 +218,14 @@ def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameter
         raise InputError(f"{path}: not valid JSON: {printable(str(error), 200)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected an object with the sections {', '.join(Parameters.model_fields)}")
-    if isinstance(values.get("classifier"), list):
-        raise InputError(f"{path}: classifier is a list: the first stays, the others go to training.more_teachers")
     for setting in settings:
         override(values, setting)
-    if faults := faults_of(values):
-        more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
-        raise InputError(f"{path}: {describe(faults[0])}{more}")
-    return Parameters.model_validate(values)
+    try:
+        return Parameters.model_validate(values)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        more = f" (and {len(others)} more)" if others else ""
+        raise InputError(f"{path}: {describe(first)}{more}") from None
 
 
 def parameters_or_shipped(path: str | None, settings: Sequence[str], weights: Sequence[str] | None) -> Parameters:
@@ -249,11 +249,11 @@ def refuse_repetition(pairs: list[tuple[str, object]]) -> dict:
 
 
 def override(values: dict, setting: str) -> None:
-    """Writes "section.key=value" into `values`: the value as JSON if that fits, else as text (a folder called 2012)."""
+    """Writes "section.key=value" into `values`: the value as JSON, or as text if it is none."""
     key, separator, text = setting.partition("=")
     if not separator or not key:
         raise InputError(f"--set {printable(setting)}: expected KEY=VALUE, as in training.epochs=1")
-    *sections, last = path = tuple(key.split("."))
+    *sections, last = key.split(".")
     section = values
     for name in sections:
         if section.get(name) is None:
@@ -262,26 +262,13 @@ def override(values: dict, setting: str) -> None:
         if not isinstance(section, dict):
             raise InputError(f"--set {printable(setting)}: {printable(name)} holds no keys of its own")
     try:
-        value = json.loads(text)
+        section[last] = json.loads(text)
     except (ValueError, RecursionError):
-        value = text
-    for candidate in (value, text, value):
-        section[last] = candidate
-        if not any(fault["loc"][: len(path)] == path for fault in faults_of(values)):
-            break
-
-
-def faults_of(values: dict) -> list[dict]:
-    """What pydantic finds wrong."""
-    try:
-        Parameters.model_validate(values)
-    except ValidationError as error:
-        return error.errors(include_url=False)
-    return []
+        section[last] = text
 
 
 def describe(fault: dict) -> str:
-    """One of these on one line: the key path, what was found and what is allowed."""
+    """One of pydantic's errors on one line: the key path, what was found and what is allowed."""
     key = printable(".".join(map(str, fault["loc"])))
     if fault["type"] == "value_error":  # of a section, and then it begins with one of its keys; or of one value
         return f"{key}{'.' if isinstance(fault['input'], dict) else ': '}{fault['ctx']['error']}".removeprefix(".")

@@ -18,7 +18,7 @@ from models.files import write_atomically
 GOOD, BAD, PLAIN = "#1a7f37", "#c0392b", "#30363d"
 COLOURS = {ORIGINAL: PLAIN, SMALL: "#8b949e", BASELINE: "#d1700a", "Bicubic": "#b5a642", OURS: "#0b6fb8"}
 SERIES = ("#0b6fb8", "#d1700a", "#b5a642", "#7b3fa0", "#1a7f37", "#c0392b")
-# A character that none of the installed ones has is drawn as a box.
+# Those that are installed. A character that none of them has is drawn as a box.
 FONTS = ("DejaVu Sans", "Noto Sans CJK JP", "Noto Sans Thai", "Noto Emoji", "Arial Unicode MS", "Microsoft YaHei")
 STYLE = {
     **{"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3},
@@ -158,12 +158,6 @@ def results_table(variants: list[dict], caption: str, path: Path, ours: str = OU
             if row == 0 or variants[row - 1]["name"] == ours:
                 cell.set_text_props(fontweight="bold")
         axes.set_title(legible(caption), fontsize=9, color=PLAIN)
-
-
-def scales(rows: list[tuple[str, list[Tensor]]], headings: list[str], path: Path) -> None:
-    """What is left of an image at several scales: a row of images per scale, named under it."""
-    columns = {heading: [images[c] for _, images in rows] for c, heading in enumerate(headings)}
-    image_grid(columns, None, path, [name for name, _ in rows])
 
 
 def panels(images: list[tuple[str, Tensor, str]], columns: int, path: Path) -> None:

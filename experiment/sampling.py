@@ -17,20 +17,12 @@ from tqdm import tqdm
 
 from experiment.script import printable
 from models.errors import InputError
-from models.files import PARTIAL, partial_of, replace, write_text
+from models.files import partial_of, replace, write_text
 
-# Endings of images, and how Pillow calls their format. The same on every machine, whatever its Pillow can read, so that
-# samplers choose the same files; no format without a signature at its start (TGA, PCX): files are read by content.
-ENDINGS = {
-    **dict.fromkeys((".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"), "JPEG"),
-    **dict.fromkeys((".png", ".apng"), "PNG"),
-    **dict.fromkeys((".ppm", ".pgm", ".pbm", ".pnm"), "PPM"),
-    **dict.fromkeys((".bmp", ".dib"), "BMP"),
-    **dict.fromkeys((".tif", ".tiff"), "TIFF"),
-    **{".webp": "WEBP", ".gif": "GIF", ".avif": "AVIF", ".avifs": "AVIF"},
-    **dict.fromkeys((".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"), "JPEG2000"),
-    ".qoi": "QOI",
-}
+# The same on every machine, whatever its Pillow can read, so that samplers choose the same files. No format without a
+# signature at its start (TGA, PCX): files are read by content.
+COMMON, OTHER = "jpg jpeg jpe jfif mpo png apng gif webp", "bmp dib tif tiff avif avifs jp2 j2k j2c jpc jpf jpx qoi"
+ENDINGS = {f".{letters}" for letters in f"{COMMON} {OTHER} ppm pgm pbm pnm".split()}
 # Names that start with a dot, and what NAS, archivers, Windows and macOS put beside photographs.
 SYSTEM = re.compile(
     r"\..*|@(eadir|tmp|recycle|recently-snapshot|__thumb)|[#~](recycle|snapshot)|__macosx|\$recycle\.bin|recycler"
@@ -175,7 +167,7 @@ def prepare_target(target: Path, choice: dict, files: dict[str, object], overwri
         different = [f"{key} {before[key]}, not {value}" for key, value in choice.items() if before[key] != value]
     except (OSError, ValueError, KeyError, TypeError):
         before, listed, different = {}, set(), []
-    if foreign := [path for path in found if path.removesuffix(PARTIAL) not in listed]:  # older versions' half copies
+    if foreign := [path for path in found if path not in listed]:
         raise InputError(f"{target}: not written by a sampler, so never removed: {some(foreign)}; move it elsewhere")
     if different and not overwrite:
         raise InputError(f"{target}: was sampled with {'; '.join(different)}; --overwrite replaces it")

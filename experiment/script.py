@@ -7,7 +7,6 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable
@@ -20,12 +19,7 @@ LONGEST_LINE = 2000  # characters of a message
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Says what is wrong with a command line in one line; `--help` has the rest. It expands the ~ of a home folder."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        given = sys.argv[1:] if args is None else args
-        options = [re.fullmatch(r"(--[\w-]+=)?(.*)", one, re.DOTALL).groups("") for one in given]
-        return super().parse_known_args([name + os.path.expanduser(value) for name, value in options], namespace)
+    """Says what is wrong with a command line in one line; `--help` has the rest."""
 
     def error(self, message: str) -> None:
         raise InputError(f"{message} (--help lists the options)")
@@ -96,8 +90,6 @@ def run_script(main: Callable[[], int | None]) -> None:
     while (number := os.open(os.devnull, os.O_RDWR)) < 3:
         pass
     os.close(number)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts set it while they import
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup's stays
             signal.signal(number, lambda number, frame: sys.exit(128 + number))

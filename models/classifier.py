@@ -295,13 +295,13 @@ def open_classifier(
     noted, state = read_classifier_file(architecture, weights) if is_file else ({}, None)
     imagenet = list(imagenet_labels())
     if architecture.startswith("timm/"):
-        build, names = from_timm, ["pretrained"]
+        build, published = from_timm, ["pretrained"]
     elif ".py:" in architecture:
-        build, names = from_file, [None]
+        build, published = from_file, [None]
     else:
-        build, names = from_torchvision, list(published_weights(architecture))
-    if not is_file and weights not in names:
-        names = ", ".join(map(json.dumps, names))
+        build, published = from_torchvision, list(published_weights(architecture))
+    if not is_file and weights not in published:
+        names = ", ".join(map(json.dumps, published))
         raise InputError(f"classifier.weights: {weights!r} is no file; for {architecture} name one, or {names}")
     network, known = build(architecture, weights, len(noted.get("class_names", imagenet)) if is_file else None)
     given = {key: value for key, value in (("mean", mean), ("std", std)) if value is not None}
@@ -313,7 +313,7 @@ def open_classifier(
                 f"{error}; classes that are not ImageNet's are named in the file by models.classifier.save_classifier; "
                 "other options (an image size, ...) need a function of yours that builds the network, FILE.py:FUNCTION"
             ) from None
-    try:
+    try:  # what the caller gives comes before what the file notes, and that before what is known of the network
         return FrozenClassifier(network, **{"class_names": imagenet} | known | noted | given, head=head, maps=maps)
     except InputError as error:
         raise InputError(f"{weights or architecture}: {error}") from None

@@ -14,13 +14,12 @@ from models.pipeline import Upscale
 from models.rrdbnet import RRDBNet
 from models.scaler import Reduction, reduced_length
 from models.weights import (
-    SHIPPED,
+    SHIPPED_WEIGHTS,
     URLS,
     generator_size,
     load_generator,
     load_strictly,
     published_file,
-    say,
     trained_for,
 )
 
@@ -37,7 +36,7 @@ class DarioNet:
     photographs that comes with the project.
     """
 
-    def __init__(self, weights: str | Path = SHIPPED, device: torch.device | str = "cpu"):
+    def __init__(self, weights: str | Path = SHIPPED_WEIGHTS, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.restore = Upscale(load_rrdbnet(str(weights), device).eval())
 
@@ -107,7 +106,7 @@ def load_upscalers(
         try:
             start = published_file(initial_weights)
         except InputError as error:
-            say(f"Note: no row for darionet.initial_weights: {error}")
+            print(f"Note: no row for darionet.initial_weights: {error}")
     paths = [start, *weights] if start and Path(start).is_file() else weights
     # A file that is named twice has its last place: the last row is the one that is looked at.
     paths = list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]

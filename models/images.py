@@ -161,12 +161,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(as_shown(image))).permute(2, 0, 1)[None].float() / 255
 
 
-def is_flattened(path: str | os.PathLike) -> bool:
-    """Whether `read_image` leaves something out: transparency, or all frames but the first."""
-    with Image.open(path) as image:
-        return image.has_transparency_data or getattr(image, "is_animated", False)
-
-
 def to_image(images: Tensor) -> Image.Image:
     """(1,3,H,W) or (3,H,W) float in [0,1] -> an RGB image; what lies outside is clamped, the rest rounded to 8 bits."""
     pixels = images.detach().reshape(3, *images.shape[-2:]).float().clamp(0, 1).mul(255).round().byte()

@@ -16,7 +16,7 @@ def unchanged(images: Tensor, size: Size | None = None) -> Tensor:
 
 
 class Upscale(nn.Module):
-    """A `restore` by a network, (N,3,h,w) -> (N,3,H,W) of any factor, and a Scaler that brings its images to size."""
+    """A `restore` by a network or any function, (N,3,h,w) -> (N,3,H,W) of any factor, and a Scaler to size."""
 
     def __init__(self, network: Callable[[Tensor], Tensor], interpolation: str = "bilinear", antialias: bool = False):
         super().__init__()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from models.errors import InputError
 from models.files import refuse_unwritable, write_atomically
 
-SHIPPED = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
+SHIPPED_WEIGHTS = Path(__file__).parents[1] / "assets/models/DarioNet_photographs.pt"
 # SHA-256, or its beginning, of files that their owners publish under these names: mirrors have served others.
 PUBLISHED = {
     "RRDB_PSNR_x4.pth": "f372b59f22929e1bc83fa58d78215c96f976de3b2eaeee736da1b348913da6cc",
@@ -203,7 +203,7 @@ def save_weights(network: nn.Module | dict[str, Tensor], path: str | Path, note:
 
 def refuse_unwritable_weights(path: str | Path, key: str) -> None:
     """Raises InputError if weights can't be written to `path`, the value of the parameter `key`, now."""
-    if os.path.realpath(path) == os.path.realpath(SHIPPED):
+    if os.path.realpath(path) == os.path.realpath(SHIPPED_WEIGHTS):
         raise InputError(f"{path} comes with the project and is not written over: change {key}")
     if Path(path).suffix == ".safetensors":
         raise InputError(f"{path}: weights are written as torch does: set {key} to .pt (examples/export.py converts)")
@@ -239,7 +239,7 @@ def download(url: str, sha256: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if path.is_file():
         return path
-    say(f"Downloading {url} to {path}")
+    print(f"Downloading {url} to {path}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # torch writes to a name of its own beside `path`, checks the hash and renames: processes may do so at once.
@@ -250,9 +250,3 @@ def download(url: str, sha256: str) -> Path:
             f"{path.name} can't be downloaded ({error}): get {url} where there is a network, and put "
             f"{path.name} into {path.parent}"
         ) from None
-
-
-def say(line: str) -> None:
-    """Prints, once per torchrun job."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line)

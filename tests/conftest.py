@@ -81,7 +81,7 @@ def start(monkeypatch, capfd):
 
 
 FIGURES = ("class_bars", "decision_strip", "degradation", "f1_difference", "image_grid", "panels")
-FIGURES += ("pipeline_figure", "report", "results_table", "scales", "training_curves")
+FIGURES += ("pipeline_figure", "report", "results_table", "training_curves")
 
 
 @pytest.fixture

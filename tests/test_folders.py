@@ -162,21 +162,6 @@ def test_what_ends_a_run_leaves_its_rows(start, icons, monkeypatch):
     assert len(table.read_text().splitlines()) == 3
 
 
-def test_what_is_left_out_is_said(start, trained):
-    """Transparency and further frames have no place in a rebuilt file."""
-    Path("icons").mkdir()
-    image = draw("discs", 1, 12)
-    image.save("icons/plain.png")
-    image.save("icons/moving.gif", save_all=True, append_images=[draw("checks", 2, 12)])
-    image.putalpha(100)
-    image.save("icons/clear.png")
-    result = start(*SAVE)
-    assert result.code == 0 and "2 images have transparency or several frames" in result.out, result
-    assert "several frames" not in start("try_darionet", "--small", "icons").out
-    assert "first frame, on white" in start("try_darionet", "--small", "icons/moving.gif", "--save", "one").out
-    assert "on white" not in start("try_darionet", "--small", "icons/plain.png", "--save", "one").out
-
-
 def test_only_what_was_named_rebuilds(start, trained):
     """darionet.initial_weights is where a training starts, and no row here."""
     draw("discs", 1, 12).save("icon.png")

@@ -95,7 +95,7 @@ def test_names_are_shown_as_they_are(tmp_path, texts):
     plots.decision_strip(rows, tmp_path / "decisions.png", ours)
     few = names[:2]  # images are slow to draw
     plots.image_grid({name: [image] for name in few}, [[(n, "red") for n in few]], tmp_path / "grid.png")
-    plots.scales([(name, [image]) for name in few], [names[0]], tmp_path / "scales.png")
+    plots.image_grid({names[0]: [image] * 2}, None, tmp_path / "scales.png", few)
     plots.panels([(name, image, name) for name in few], 2, tmp_path / "panels.png")
     plots.pipeline_figure([(name, image) for name in few], [(n, 0.5) for n in names], tmp_path / "pipeline.png")
     keys = [key for _, form, *keys in COLUMNS for key in keys if form]

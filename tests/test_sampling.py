@@ -89,7 +89,6 @@ def test_an_interrupted_run_ends_in_the_same_state(start, originals, monkeypatch
     file = originals / "train" / list(manifest["files"])[0]
     file.unlink(), file.write_bytes(b"cut")
     file.with_name(f".{file.name}.1-1-0123abcd.partial").write_bytes(b"killed")
-    file.with_name(f"{file.name}.partial").write_bytes(b"killed in an older version")
     assert start("img_sampler_train", *how).code == 0
     check_as_fresh(start, originals, *how)
 
@@ -228,8 +227,9 @@ def test_other_files_are_counted_by_ending(start, originals, capfd):
 @pytest.mark.parametrize("suffix", sorted(ENDINGS))
 def test_every_ending_that_is_listed_is_read(tmp_path, suffix):
     image = Image.new({".pgm": "L", ".pbm": "1"}.get(suffix, "RGB"), (32, 32), "white")
-    two = {"save_all": True, "append_images": [image]} if suffix == ".mpo" else {}
-    image.save(tmp_path / f"a{suffix.upper()}", "MPO" if two else ENDINGS[suffix], **two)
+    kind = {".mpo": "MPO", ".dib": "BMP"}.get(suffix) or Image.registered_extensions()[suffix]
+    two = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
+    image.save(tmp_path / f"a{suffix.upper()}", kind, **two)
     assert read_image(tmp_path / open_images(str(tmp_path))[0]).getpixel((9, 9)) == (255, 255, 255)
 
 

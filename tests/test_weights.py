@@ -23,7 +23,7 @@ from models.rrdbnet import RRDBNet
 from models.scaler import Reduction
 from models.weights import (
     PUBLISHED,
-    SHIPPED,
+    SHIPPED_WEIGHTS,
     generator_size,
     load_file,
     load_generator,
@@ -228,10 +228,10 @@ def test_names_of_rows(tmp_path, monkeypatch):
     assert names == ["Bilinear (Bilinear.pt)", "a (a.pt)", "A (A.pt)", "b"]
 
 
-@pytest.mark.skipif(not SHIPPED.is_file(), reason="the weights for photographs are not there")
+@pytest.mark.skipif(not SHIPPED_WEIGHTS.is_file(), reason="the weights for photographs are not there")
 def test_the_weights_that_come_with_the_project():
-    note = trained_for(SHIPPED)
-    assert (note["scale"], note["loss"]["logits"], row_name(str(SHIPPED))) == (0.32, 30.0, "DarioNet")
+    note = trained_for(SHIPPED_WEIGHTS)
+    assert (note["scale"], note["loss"]["logits"], row_name(str(SHIPPED_WEIGHTS))) == (0.32, 30.0, "DarioNet")
     network = DarioNet().restore.network
     assert generator_size(network.state_dict()) == (64, 6, 32)
     assert sum(tensor.numel() for tensor in network.parameters()) == 4467779
