@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line
-from test_scripts import last_line, same_state
+from conftest import last_line, one_line, same_state
 
 from experiment import run as runs
 from experiment.parameters import Parameters

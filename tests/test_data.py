@@ -6,7 +6,6 @@ import pty
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -15,7 +14,7 @@ import unicodedata
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, ROOT, draw, draw_folder
+from conftest import CLASSES, draw, draw_folder, python
 from PIL import Image
 
 from experiment.data import NO_LABEL, ImageTree, Transform, batches, epoch_batches
@@ -349,10 +348,7 @@ def test_the_machine_refuses_processes(stubborn, monkeypatch, owner, error, capf
 
 def test_a_program_that_ends_in_an_error_ends(tmp_path):
     """Though it holds its batches, and a worker hangs and ignores SIGTERM."""
-    (tmp_path / "script.py").write_text(HELD)
-    command = [sys.executable, str(tmp_path / "script.py")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    ended = python(HELD, tmp_path)
     assert ended.returncode == 1 and ended.stderr.strip().endswith("ZeroDivisionError: division by zero")
 
 

@@ -1,8 +1,6 @@
 """Awkward files, drawn here: what each one is read as, or why not, and what every script makes of them."""
 
-import csv
 import io
-import json
 import os
 import random
 import resource
@@ -16,9 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Listing, draw, draw_folder, one_line
+from conftest import CLASSES, draw, draw_folder, last_line, one_line, read_csv, results_of
 from PIL import Image
 
+from experiment.data import ImageTree
 from experiment.run import Run
 from models.errors import InputError
 from models.images import UnreadableImage, read_image
@@ -220,8 +219,7 @@ def test_what_a_large_image_may_take(tmp_path):
 
 def listed(folder: Path) -> dict[str, str]:
     """unreadable.csv of a run: image -> reason."""
-    with (folder / "unreadable.csv").open(newline="", encoding="utf-8") as file:
-        return {row["image"]: row["reason"] for row in csv.DictReader(file)}
+    return {row["image"]: row["reason"] for row in read_csv(folder / "unreadable.csv")}
 
 
 def printable(name: str) -> str:
@@ -230,7 +228,7 @@ def printable(name: str) -> str:
 
 def check_list(result, others: dict[str, str], prefix: str = "") -> Path:
     """Whether a run lists these as unreadable; its folder."""
-    folder = Path(result.out.splitlines()[-1])
+    folder = last_line(result)
     found = listed(folder)
     assert set(found) == {prefix + printable(name) for name in others} and "Traceback" not in result.err
     assert all(reason in found[prefix + printable(name)] for name, reason in others.items())
@@ -244,12 +242,13 @@ def test_training_and_evaluation_list_them(start, trained):
     options = ("--set", "training.epochs=1", "--set", "training.batch_size=32", "--set", "data.workers=2")
     result = start("train_darionet", *options, "--set", "darionet.weights=new.pt")
     assert result.code == 0 and f"{len(others)} training images could not be read" in result.out, result
-    with (check_list(result, others, f"{CLASSES[0]}/") / "history.csv").open() as file:
-        assert next(csv.DictReader(file))["unreadable"] == str(len(others))
+    history = read_csv(check_list(result, others, f"{CLASSES[0]}/") / "history.csv")
+    assert history[0]["unreadable"] == str(len(others))
 
     result = start("test", "--set", "test.batch_size=32")
     assert result.code == 1
-    results = json.loads((check_list(result, others, f"{CLASSES[0]}/") / "results.json").read_text())
+    check_list(result, others, f"{CLASSES[0]}/")
+    results = results_of(result)
     assert {variant["n"] for variant in results["variants"]} == {9 + len(read)}
     assert len(results["unreadable"]) == len(others)
 
@@ -260,8 +259,8 @@ def test_a_folder_of_small_images(start, trained):
     result = start("try_darionet", "--small", "icons")
     assert result.code == 1
     folder = check_list(result, others | dict.fromkeys(strips, "not small"))
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        assert {row["image"] for row in csv.DictReader(file)} == {printable(name) for name in read} - {*strips}
+    rows = read_csv(folder / "predictions.csv")
+    assert {row["image"] for row in rows} == {printable(name) for name in read} - {*strips}
 
 
 def test_one_image_is_read_or_refused_in_one_line(start, trained):
@@ -277,7 +276,7 @@ MANY += [(10**6, 900, False), (10**6, 1000, False), (10**6, 1001, True), (10**6,
 
 @pytest.mark.parametrize(("count", "bad", "stops"), MANY)
 def test_how_many_may_be_unreadable(tmp_path, count, bad, stops):
-    images = Listing(["all"] * count)
+    images = ImageTree.__new__(ImageTree)
     images.paths = [f"{i}.png" for i in range(count)]
     state = SimpleNamespace(unreadable=dict.fromkeys(range(bad), "broken"))
     run = SimpleNamespace(state=state, folder=tmp_path, runtime=SimpleNamespace(is_main=True))

@@ -1,15 +1,12 @@
 """The figures stay readable with few classes and with a thousand: drawn from simulated results, and measured."""
 
-import os
-import subprocess
-import sys
 import warnings
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import python
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -127,12 +124,11 @@ plots.show_window(Path("a.png"))
 """
 
 
-def test_a_program_that_draws_nothing_starts_without_matplotlib(tmp_path):
+def test_a_program_that_draws_nothing_starts_without_matplotlib(tmp_path, monkeypatch):
     """MPLBACKEND may name a module that is absent: figures are files."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")}
-    environment |= {"MPLBACKEND": "module://matplotlib_absent.backend_inline", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", WITHOUT_A_SCREEN]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.delenv(name, raising=False)
+    result = python(WITHOUT_A_SCREEN, tmp_path, MPLBACKEND="module://matplotlib_absent.backend_inline")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert (tmp_path / "a.png").is_file()
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line
-from test_scripts import checkpoint, last_line, same_state, stop_after
+from conftest import checkpoint, last_line, one_line, same_state, stop_after
 
 from experiment.data import epoch_batches
 from experiment.runtime import Runtime

@@ -1,6 +1,5 @@
 """Every script from end to end, as a user starts it."""
 
-import csv
 import json
 import os
 import shutil
@@ -14,7 +13,21 @@ from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT, Result, draw, draw_folder, one_line, write_parameters
+from conftest import (
+    CLASSES,
+    ROOT,
+    Result,
+    checkpoint,
+    draw,
+    draw_folder,
+    last_line,
+    one_line,
+    read_csv,
+    results_of,
+    same_state,
+    stop_after,
+    write_parameters,
+)
 from PIL import Image
 from torchvision.models import get_model
 
@@ -30,18 +43,10 @@ def rewrite_note(path: str, note: dict) -> None:
     save_weights(load_generator(path), path, note)
 
 
-def last_line(result) -> Path:
-    return Path(result.out.strip().splitlines()[-1])
-
-
 def succeeds(result: Result) -> Path:
     """The folder of a run that ended well."""
     assert result.code == 0, result
     return last_line(result)
-
-
-def results_of(result: Result) -> dict:
-    return json.loads((last_line(result) / "results.json").read_text())
 
 
 def names_of(results: dict) -> list[str]:
@@ -50,28 +55,6 @@ def names_of(results: dict) -> list[str]:
 
 def small_classifier(architecture: str = "resnet18", classes: list[str] = CLASSES, **options) -> torch.nn.Module:
     return get_model(architecture, weights=None, num_classes=len(classes), **options)
-
-
-def read_csv(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same_state(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.equal(b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in CLOCKS)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
-
-
-CLOCKS = ("seconds", "images_per_second")
 
 
 def test_training_writes_everything(start, experiment):
@@ -93,20 +76,6 @@ def test_training_writes_everything(start, experiment):
     assert "12 in train" in result.out and "6 in val" in result.out and "starts as a plain enlargement" in result.out
     resolved = json.loads((folder / "parameters.json").read_text())
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
-
-
-def stop_after(monkeypatch, steps: int, number: int) -> None:
-    """Sends this process a signal in the middle of the step after `steps`."""
-    calls, to_float = [], data.to_float
-
-    def counting(images, device):
-        calls.append(1)
-        if len(calls) == steps + 1:
-            os.kill(os.getpid(), number)
-        return to_float(images, device)
-
-    for module in (data, distillation, evaluation):
-        monkeypatch.setattr(module, "to_float", counting)
 
 
 @pytest.mark.parametrize(
