@@ -9,11 +9,11 @@ from conftest import same_state
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.correctness import loss_of, pipeline_of
+from benchmarks.correctness import error, loss_of, pipeline_of
 from experiment import distillation
 from experiment.data import Batch
 from experiment.parameters import LossSection
-from experiment.run import Run
+from experiment.run import Run, average_gradients
 from experiment.runtime import Runtime, Stopper
 from models.classifier import open_classifier
 from models.errors import InputError
@@ -142,6 +142,36 @@ def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline
     assert same_state(teacher, weights_of(pipeline.classifier))
     assert not same_state(network, weights_of(pipeline.restore.network))
     assert (run.state.batch, run.state.images, run.state.skipped) == (3, 6, 0)
+
+
+class TwoProcesses:
+    """Two, one after the other: what the second one is given is the sum of what both have sent."""
+
+    processes = 2
+
+    def __init__(self):
+        self.sent = []
+
+    def sum(self, values):
+        self.sent.append(values)
+        return sum(self.sent)
+
+
+@pytest.mark.parametrize("parts", [(3, 2), (5, 0)])
+def test_the_gradient_of_all_parts_is_that_of_one_process(pipeline, parts):
+    """In float64; a part may be smaller, or empty, where images can't be read."""
+    images, network = torch.rand(5, 3, 32, 32, dtype=torch.float64), pipeline.double().restore.network
+
+    def gradient(part, runtime):
+        network.zero_grad()
+        if len(part):
+            loss_of(pipeline, part, logits=1, pixels=0.5, features=1).total.backward()
+        average_gradients(network, len(part), len(images), runtime)
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    expected, two = gradient(images, CPU), TwoProcesses()
+    _, found = (gradient(part, two) for part in images.split(parts))
+    assert error(found, expected) < 1e-12
 
 
 def test_overflow_of_scaled_gradients(pipeline):

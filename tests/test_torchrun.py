@@ -11,7 +11,6 @@ import pytest
 import torch
 from conftest import CLASSES, ROOT, last_line, read_csv
 
-from experiment.runtime import Runtime
 from models.weights import load_generator
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -21,17 +20,6 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def torchrun(*command) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*TORCHRUN, *map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
-
-
-def test_gradient_is_that_of_one_process_with_both_parts(experiment):
-    from gradient_of_two import drawn, gradient
-
-    images = drawn()
-    expected = gradient(images, len(images), Runtime(torch.device("cpu"), "float32"))
-    result = torchrun(ROOT / "tests" / "gradient_of_two.py", "out.pt")
-    assert result.returncode == 0, result.stderr
-    for found in torch.load("out.pt", weights_only=True):
-        assert (found - expected).norm() / expected.norm() < 1e-12
 
 
 @pytest.mark.usefixtures("no_figures")
