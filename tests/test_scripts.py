@@ -31,7 +31,7 @@ from conftest import (
 from PIL import Image
 from torchvision.models import get_model
 
-from experiment import data, distillation, evaluation, plots
+from experiment import distillation, evaluation, plots
 from experiment.run import claimed
 from models.classifier import open_classifier, save_classifier
 from models.darionet import load_upscalers
@@ -303,21 +303,6 @@ def test_folders_and_weights_that_do_not_fit(start, trained):
     one_line(start("test", "--weights", "classifier.pt"), "classifier.pt: not an RRDBNet")
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_full_disk_leaves_the_checkpoint(start, experiment, monkeypatch):
-    folder = last_line(start("train_darionet", "--set", "training.epochs=1"))
-    before = (folder / "checkpoint.pt").read_bytes()
-    Path("DarioNet.pt").unlink()
-
-    def no_space(contents, file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", no_space)
-    result = start("train_darionet")
-    assert result.code == 1 and "No space left on device" in result.err and "Traceback" not in result.err
-    assert (folder / "checkpoint.pt").read_bytes() == before and not list(experiment.glob("**/.*"))
-
-
 def test_weights_that_could_not_be_written_are_refused_before_training(start, experiment):
     for path, message in (
         ("train", "change darionet.weights"),
@@ -388,18 +373,6 @@ def test_small_images_of_another_size_than_the_weights_were_trained_for(start, t
     for setting, said in (("scale=0.6", False), ("antialias=true", False), ("scale=0.2", True)):
         result = start("try_darionet", "large.png", "--set", f"transformations.{setting}")
         assert ("DarioNet.pt was trained for scale 0.32, not 0.2" in result.out) == said, result.out
-
-
-def test_out_of_memory_is_one_line(start, trained, monkeypatch):
-    def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for module in (data, evaluation):
-        monkeypatch.setattr(module, "to_float", full)
-    one_line(start("train_darionet"), "out of GPU memory: lower training.batch_size")
-    one_line(start("test"), "out of GPU memory: lower training.batch_size or test.batch_size")
-    draw("checks", 5).save("a.png")
-    one_line(start("try_darionet", "a.png"), "out of GPU memory")
 
 
 def test_the_default_without_imagenet(tmp_path):
