@@ -9,7 +9,6 @@ import signal
 import sys
 import threading
 import time
-import unicodedata
 
 import numpy as np
 import pytest
@@ -109,15 +108,6 @@ def test_trees_without_labels(tmp_path):
     draw("discs", 2).save(tmp_path / "x" / "b.png")
     with pytest.raises(InputError, match=r"a\.png lies beside the class folders"):
         ImageTree(str(tmp_path)).targets(["x"])
-
-
-@pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_names_of_classes_are_compared_in_one_form_of_unicode(tmp_path, form):
-    for folder in (unicodedata.normalize(form, "caf\u00e9"), "tea"):
-        (tmp_path / folder).mkdir()
-        draw("discs", 1).save(tmp_path / folder / "a.png")
-    for known in ("NFC", "NFD"):
-        assert ImageTree(str(tmp_path)).targets(["tea", unicodedata.normalize(known, "caf\u00e9")]) == [1, 0]
 
 
 def test_a_fingerprint_sees_contents_and_not_places_or_times(tmp_path):
