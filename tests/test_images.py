@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CLASSES, draw, draw_folder, last_line, one_line, read_csv, results_of
+from conftest import CLASSES, as_nobody, draw, draw_folder, in_a_child, last_line, one_line, read_csv, results_of
 from PIL import Image
 
 from experiment.data import ImageTree
@@ -173,38 +173,23 @@ def test_why_it_is_not_read(tmp_path, name):
     assert "\n" not in str(error.value) and 3 < len(str(error.value)) <= 200
 
 
-def in_a_child(work, more: int = resource.RLIM_INFINITY):
-    """Runs work() in a child that may take `more` bytes than it has, and gives what it used."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            if more != resource.RLIM_INFINITY:
-                more += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (more, more))
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status, usage = os.wait4(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage
-
-
 def test_a_file_that_may_not_be_read(tmp_path):
-    """By a user who is not root, whom nothing refuses."""
     path = tmp_path / "secret.png"
     path.touch(0)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
 
     def work() -> None:
-        if os.getuid() == 0:
-            os.setuid(65534)
+        as_nobody(tmp_path)
         with pytest.raises(UnreadableImage, match="Permission denied"):
             read_image(path)
 
     in_a_child(work)
+    tmp_path.chmod(0o755)
+
+
+def take_at_most(more: int) -> None:
+    """Refuses this process more than `more` bytes of memory beside what it has."""
+    more += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (more, more))
 
 
 def test_what_a_large_image_may_take(tmp_path):
@@ -212,9 +197,10 @@ def test_what_a_large_image_may_take(tmp_path):
     Image.new("I;16", (8000, 6000), 256 * 200).save(tmp_path / "deep.png", compress_level=1)
 
     def work() -> None:
+        take_at_most(3 * 2**29)
         assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (199, 199, 199)
 
-    in_a_child(work, 3 * 2**29)
+    in_a_child(work)
 
 
 def listed(folder: Path) -> dict[str, str]:
@@ -255,12 +241,13 @@ def test_training_and_evaluation_list_them(start, trained):
 
 def test_a_folder_of_small_images(start, trained):
     read, others = write_corpus(trained / "icons")
-    strips = ("strip.png", "tower.png")
+    draw("discs", 1, 90).save(trained / "icons" / "large.png")
+    large = ("strip.png", "tower.png", "large.png")
     result = start("try_darionet", "--small", "icons")
     assert result.code == 1
-    folder = check_list(result, others | dict.fromkeys(strips, "not small"))
+    folder = check_list(result, others | dict.fromkeys(large, "not small"))
     rows = read_csv(folder / "predictions.csv")
-    assert {row["image"] for row in rows} == {printable(name) for name in read} - {*strips}
+    assert {row["image"] for row in rows} == {printable(name) for name in read} - {*large}
 
 
 def test_one_image_is_read_or_refused_in_one_line(start, trained):
@@ -346,7 +333,12 @@ def read_mutations(count: int, path: Path) -> int:
 def test_mutated_images(tmp_path, capsys):
     """In a child with little memory: no crash, no hang, nothing but an image or a reason."""
     began, found = time.monotonic(), tmp_path / "found"
-    usage = in_a_child(lambda: found.write_text(str(read_mutations(MUTATIONS, tmp_path / "mutated"))), 2**31)
+
+    def work() -> None:
+        take_at_most(2**31)
+        found.write_text(str(read_mutations(MUTATIONS, tmp_path / "mutated")))
+
+    usage = in_a_child(work)
     read = int(found.read_text())
     assert 0 < read < MUTATIONS
     if SOAK:
