@@ -78,37 +78,6 @@ def test_training_writes_everything(start, experiment):
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
 
 
-@pytest.mark.parametrize(
-    ("steps", "number", "code", "workers"),
-    [(0, signal.SIGINT, 130, 0), (2, signal.SIGTERM, 143, 1), (4, signal.SIGTERM, 143, 0), (6, signal.SIGINT, 130, 0)],
-    ids=["first step", "mid-epoch", "validation", "last epoch"],
-)
-@pytest.mark.usefixtures("no_figures")
-def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, steps, number, code, workers):
-    whole = last_line(start("train_darionet"))  # 2 epochs of 3 steps, 2 batches of validation each
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps, number)
-        stopped = start("train_darionet", "--set", f"data.workers={workers}")
-    assert stopped.code == code, stopped.err
-    folder = last_line(stopped)
-    assert f"python train_darionet.py --resume {folder}" in stopped.out
-    assert succeeds(start("train_darionet", "--resume", folder)) == folder
-    assert same_state(checkpoint(folder), checkpoint(whole) | {"resolved": checkpoint(folder)["resolved"]})
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_resuming_what_is_another_run_is_refused(start, experiment):
-    start("train_darionet", "--set", "training.epochs=1")
-    rate = ("--set", "training.learning_rate=0.01")
-    one_line(start("train_darionet", "--resume", *rate), "training.learning_rate 0.001, now it is 0.01")
-    one_line(start("train_darionet", "--resume", "nowhere"), "nowhere: no checkpoint.pt")
-    draw("discs", 99).save(experiment / "val" / "discs" / "new.png")
-    one_line(start("train_darionet", "--resume"), "images.data.val")
-    (experiment / "val" / "discs" / "new.png").unlink()
-    save_classifier(small_classifier(), CLASSES, "classifier.pt")
-    one_line(start("train_darionet", "--resume"), "classifier_weights")
-
-
 def test_pixels_then_logits_then_test(start, experiment):
     """The pre-training on pixels that stands in for ESRGAN's weights, and its name in the table."""
     pixels = ["--set", 'training.loss={"logits":0,"pixels":1}', "--set", "darionet.weights=Pixels.pt"]
