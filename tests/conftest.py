@@ -1,8 +1,11 @@
 """What the tests share: drawn images, a small experiment, and a way to start a script as a user would."""
 
+import csv
 import importlib.util
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.models import get_model
 
-from experiment import plots
+from experiment import data, distillation, evaluation, plots
 from experiment.script import run_script
 from models.classifier import save_classifier
 from models.rrdbnet import RRDBNet
@@ -47,13 +50,6 @@ def draw_folder(folder: Path, per_class: int, classes: list[str] = CLASSES) -> P
         for i in range(per_class):
             draw(name, 1000 * c + i).save(folder / name / f"{i}.png")
     return folder
-
-
-class Listing(list):
-    """The class folders of images that need not be there, as an ImageTree gives them."""
-
-    def folder_of(self, index: int) -> str:
-        return self[index]
 
 
 def load_script(name: str):
@@ -144,3 +140,84 @@ def one_line(result: Result, *parts: str) -> None:
     assert len(lines) == 1, result.err
     for part in parts:
         assert part in lines[0]
+
+
+# What a run leaves
+
+
+def last_line(result: Result) -> Path:
+    """The folder that a script names last."""
+    return Path(result.out.strip().splitlines()[-1])
+
+
+def results_of(result: Result) -> dict:
+    return json.loads((last_line(result) / "results.json").read_text())
+
+
+def read_csv(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+CLOCKS = ("seconds", "images_per_second")
+
+
+def same_state(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in CLOCKS)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+# Processes and signals
+
+
+def stop_after(monkeypatch, steps: int, number: int) -> None:
+    """Sends this process a signal in the middle of the step after `steps`."""
+    calls, to_float = [], data.to_float
+
+    def counting(images, device):
+        calls.append(1)
+        if len(calls) == steps + 1:
+            os.kill(os.getpid(), number)
+        return to_float(images, device)
+
+    for module in (data, distillation, evaluation):
+        monkeypatch.setattr(module, "to_float", counting)
+
+
+def python(code: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """Runs a program of its own in this folder, with these variables; it can import the project."""
+    (folder / "script.py").write_text(code)
+    options = {"cwd": folder, "env": os.environ | {"PYTHONPATH": str(ROOT)} | environment, "timeout": 100}
+    return subprocess.run([sys.executable, "script.py"], capture_output=True, text=True, **options)
+
+
+def in_a_child(work):
+    """Runs work() in a forked process, asserts that it returned, and gives what the process used."""
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    _, status, usage = os.wait4(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    return usage
+
+
+def as_nobody(folder: Path) -> None:
+    """Makes a child a user other than root, whom nothing refuses; it may read `folder` and not write into it."""
+    for path in (folder.parent.parent, folder.parent, folder):
+        path.chmod(0o555 if path == folder else 0o755)
+    if os.getuid() == 0:
+        os.setuid(65534)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import checkpoint, results_of
 
 from benchmarks import folders, throughput, time_to_result
 
@@ -48,6 +49,6 @@ def test_time_to_result(trained, monkeypatch, capfd, start):
     assert len(folders) == 2
     for name, rows in found["recipes"].items():
         assert len(rows) == 2 and rows[0]["minutes"] <= rows[1]["minutes"]
-        torch.save(torch.load(folders[name] / "checkpoint.pt", weights_only=True)["network"], "DarioNet.pt")
-        row = json.loads((trained / start("test").out.split()[-1] / "results.json").read_text())["variants"][-1]
+        torch.save(checkpoint(folders[name])["network"], "DarioNet.pt")
+        row = results_of(start("test"))["variants"][-1]
         assert (row["accuracy"], row["recovered"]) == (rows[1]["accuracy"], rows[1]["recovered"])

@@ -5,14 +5,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from conftest import same_state
 from torch import nn
 from tqdm import tqdm
 
-from benchmarks.correctness import loss_of, pipeline_of
+from benchmarks.correctness import error, loss_of, pipeline_of
 from experiment import distillation
 from experiment.data import Batch
 from experiment.parameters import LossSection
-from experiment.run import Run
+from experiment.run import Run, average_gradients
 from experiment.runtime import Runtime, Stopper
 from models.classifier import open_classifier
 from models.errors import InputError
@@ -131,10 +132,6 @@ def weights_of(module) -> dict:
     return copy.deepcopy(module.state_dict())
 
 
-def same(a: dict, b: dict) -> bool:
-    return all(a[key].equal(b[key]) for key in a)
-
-
 def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline):
     network, teacher = weights_of(pipeline.restore.network), weights_of(pipeline.classifier)
     run = run_of(pipeline)
@@ -142,9 +139,39 @@ def test_training_changes_the_network_and_not_one_bit_of_the_classifier(pipeline
     run_epoch(run, pipeline, partial(loss_of, logits=1.0, features=1.0, maps=1.0), drawn_batches(3))
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in pipeline.restore.network.parameters())
     assert all(p.grad is None for p in pipeline.classifier.parameters())
-    assert same(teacher, weights_of(pipeline.classifier))
-    assert not same(network, weights_of(pipeline.restore.network))
+    assert same_state(teacher, weights_of(pipeline.classifier))
+    assert not same_state(network, weights_of(pipeline.restore.network))
     assert (run.state.batch, run.state.images, run.state.skipped) == (3, 6, 0)
+
+
+class TwoProcesses:
+    """Two, one after the other: what the second one is given is the sum of what both have sent."""
+
+    processes = 2
+
+    def __init__(self):
+        self.sent = []
+
+    def sum(self, values):
+        self.sent.append(values)
+        return sum(self.sent)
+
+
+@pytest.mark.parametrize("parts", [(3, 2), (5, 0)])
+def test_the_gradient_of_all_parts_is_that_of_one_process(pipeline, parts):
+    """In float64; a part may be smaller, or empty, where images can't be read."""
+    images, network = torch.rand(5, 3, 32, 32, dtype=torch.float64), pipeline.double().restore.network
+
+    def gradient(part, runtime):
+        network.zero_grad()
+        if len(part):
+            loss_of(pipeline, part, logits=1, pixels=0.5, features=1).total.backward()
+        average_gradients(network, len(part), len(images), runtime)
+        return torch.cat([p.grad.flatten() for p in network.parameters()])
+
+    expected, two = gradient(images, CPU), TwoProcesses()
+    _, found = (gradient(part, two) for part in images.split(parts))
+    assert error(found, expected) < 1e-12
 
 
 def test_overflow_of_scaled_gradients(pipeline):
@@ -161,7 +188,7 @@ def test_overflow_of_scaled_gradients(pipeline):
     run_epoch(run, pipeline, loss, drawn_batches(30))
     state = run.state
     assert 10 < state.skipped < 30 and state.bad_in_a_row == 0 and state.images == 2 * (30 - state.skipped)
-    assert not same(before, weights_of(pipeline.restore.network)) and 1 < scaler.get_scale() < 2.0**96
+    assert not same_state(before, weights_of(pipeline.restore.network)) and 1 < scaler.get_scale() < 2.0**96
 
     def always(pipeline, images):
         losses, bias = loss(pipeline, images), pipeline.restore.network.conv_last.bias
@@ -178,11 +205,11 @@ def test_an_unreadable_image_leaves_the_gradient_of_the_others(pipeline):
     batch, loss, run = drawn_batches(1)[0], partial(loss_of, pixels=1.0), run_of(pipeline)
     run_epoch(run, pipeline, loss, [Batch(batch.images, batch.indices, [(7, "broken")])])
     run_epoch(run_of(twin), twin, loss, [batch])
-    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network))
+    assert same_state(weights_of(pipeline.restore.network), weights_of(twin.restore.network))
     assert run.state.unreadable == {7: "broken"}
     nothing = Batch(torch.empty(0, 3, 0, 0, dtype=torch.uint8), torch.empty(0, dtype=torch.long), [(1, "x")])
     run_epoch(run, pipeline, loss, [nothing])
-    assert same(weights_of(pipeline.restore.network), weights_of(twin.restore.network)) and run.state.batch == 2
+    assert same_state(weights_of(pipeline.restore.network), weights_of(twin.restore.network)) and run.state.batch == 2
 
 
 def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
@@ -202,6 +229,6 @@ def test_validation_is_its_formula_and_runs_the_generator_once(pipeline):
         assert scores["val_psnr_db"] == pytest.approx(distillation.psnr_db(rebuilt, images).mean().item(), abs=1e-3)
         agreeing = (logits.argmax(1) == torch.tensor(targets)).float().mean().item()
         assert scores["val_accuracy"] == scores["val_agreement"] == agreeing
-        pipeline.classifier.network.fc.weight.fill_(math.nan)
+        pipeline.classifier.network.fc.bias.fill_(math.inf)
     with pytest.raises(InputError, match="not finite"):
         distillation.validate(loss, batches, targets, CPU, Stopper(), tqdm(disable=True))

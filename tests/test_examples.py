@@ -2,17 +2,15 @@
 
 import hashlib
 import io
-import json
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, draw, one_line
+from conftest import ROOT, draw, one_line, results_of
 from PIL import Image
 from torchvision.datasets import Imagenette
 
@@ -56,11 +54,6 @@ def pack(path, files: dict[str, bytes], links: dict[str, str] | None = None):
             info.size = len(contents)
             archive.addfile(info, io.BytesIO(contents))
     return path
-
-
-def results_of(result) -> dict:
-    """results.json in the folder that a script's last line names."""
-    return json.loads(Path(result.out.split()[-1], "results.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])

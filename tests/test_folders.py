@@ -1,6 +1,5 @@
 """try_darionet.py --small folder and --save: batches of one size, and rebuilt images as files."""
 
-import csv
 import errno
 import json
 import os
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import draw, one_line
+from conftest import draw, last_line, one_line, read_csv
 from PIL import Image
 
 from experiment import evaluation
@@ -35,9 +34,7 @@ def icons(trained) -> Path:
 
 
 def rows_of(result) -> list[dict]:
-    folder = Path(result.out.strip().splitlines()[-1])
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return read_csv(last_line(result) / "predictions.csv")
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -169,7 +166,7 @@ def test_only_what_was_named_rebuilds(start, trained):
     for start_of_training in ("RealESRGAN_x4plus", "start.pt"):
         result = start("try_darionet", "--small", "icon.png", "--set", f"darionet.initial_weights={start_of_training}")
         assert result.code == 0 and "ESRGAN" not in result.out
-        predictions = json.loads((Path(result.out.split()[-1]) / "predictions.json").read_text())["predictions"]
+        predictions = json.loads((last_line(result) / "predictions.json").read_text())["predictions"]
         assert [one["of"] for one in predictions] == ["Bilinear", "DarioNet"]
 
 

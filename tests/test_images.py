@@ -1,8 +1,6 @@
 """Awkward files, drawn here: what each one is read as, or why not, and what every script makes of them."""
 
-import csv
 import io
-import json
 import os
 import random
 import resource
@@ -16,9 +14,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import CLASSES, Listing, draw, draw_folder, one_line
+from conftest import CLASSES, as_nobody, draw, draw_folder, in_a_child, last_line, one_line, read_csv, results_of
 from PIL import Image
 
+from experiment.data import ImageTree
 from experiment.run import Run
 from models.errors import InputError
 from models.images import UnreadableImage, read_image
@@ -174,38 +173,23 @@ def test_why_it_is_not_read(tmp_path, name):
     assert "\n" not in str(error.value) and 3 < len(str(error.value)) <= 200
 
 
-def in_a_child(work, more: int = resource.RLIM_INFINITY):
-    """Runs work() in a child that may take `more` bytes than it has, and gives what it used."""
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            if more != resource.RLIM_INFINITY:
-                more += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (more, more))
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status, usage = os.wait4(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
-    return usage
-
-
 def test_a_file_that_may_not_be_read(tmp_path):
-    """By a user who is not root, whom nothing refuses."""
     path = tmp_path / "secret.png"
     path.touch(0)
-    for folder in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
-        folder.chmod(0o755)
 
     def work() -> None:
-        if os.getuid() == 0:
-            os.setuid(65534)
+        as_nobody(tmp_path)
         with pytest.raises(UnreadableImage, match="Permission denied"):
             read_image(path)
 
     in_a_child(work)
+    tmp_path.chmod(0o755)
+
+
+def take_at_most(more: int) -> None:
+    """Refuses this process more than `more` bytes of memory beside what it has."""
+    more += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (more, more))
 
 
 def test_what_a_large_image_may_take(tmp_path):
@@ -213,15 +197,15 @@ def test_what_a_large_image_may_take(tmp_path):
     Image.new("I;16", (8000, 6000), 256 * 200).save(tmp_path / "deep.png", compress_level=1)
 
     def work() -> None:
+        take_at_most(3 * 2**29)
         assert read_image(tmp_path / "deep.png").getpixel((0, 0)) == (199, 199, 199)
 
-    in_a_child(work, 3 * 2**29)
+    in_a_child(work)
 
 
 def listed(folder: Path) -> dict[str, str]:
     """unreadable.csv of a run: image -> reason."""
-    with (folder / "unreadable.csv").open(newline="", encoding="utf-8") as file:
-        return {row["image"]: row["reason"] for row in csv.DictReader(file)}
+    return {row["image"]: row["reason"] for row in read_csv(folder / "unreadable.csv")}
 
 
 def printable(name: str) -> str:
@@ -230,7 +214,7 @@ def printable(name: str) -> str:
 
 def check_list(result, others: dict[str, str], prefix: str = "") -> Path:
     """Whether a run lists these as unreadable; its folder."""
-    folder = Path(result.out.splitlines()[-1])
+    folder = last_line(result)
     found = listed(folder)
     assert set(found) == {prefix + printable(name) for name in others} and "Traceback" not in result.err
     assert all(reason in found[prefix + printable(name)] for name, reason in others.items())
@@ -244,24 +228,26 @@ def test_training_and_evaluation_list_them(start, trained):
     options = ("--set", "training.epochs=1", "--set", "training.batch_size=32", "--set", "data.workers=2")
     result = start("train_darionet", *options, "--set", "darionet.weights=new.pt")
     assert result.code == 0 and f"{len(others)} training images could not be read" in result.out, result
-    with (check_list(result, others, f"{CLASSES[0]}/") / "history.csv").open() as file:
-        assert next(csv.DictReader(file))["unreadable"] == str(len(others))
+    history = read_csv(check_list(result, others, f"{CLASSES[0]}/") / "history.csv")
+    assert history[0]["unreadable"] == str(len(others))
 
     result = start("test", "--set", "test.batch_size=32")
     assert result.code == 1
-    results = json.loads((check_list(result, others, f"{CLASSES[0]}/") / "results.json").read_text())
+    check_list(result, others, f"{CLASSES[0]}/")
+    results = results_of(result)
     assert {variant["n"] for variant in results["variants"]} == {9 + len(read)}
     assert len(results["unreadable"]) == len(others)
 
 
 def test_a_folder_of_small_images(start, trained):
     read, others = write_corpus(trained / "icons")
-    strips = ("strip.png", "tower.png")
+    draw("discs", 1, 90).save(trained / "icons" / "large.png")
+    large = ("strip.png", "tower.png", "large.png")
     result = start("try_darionet", "--small", "icons")
     assert result.code == 1
-    folder = check_list(result, others | dict.fromkeys(strips, "not small"))
-    with (folder / "predictions.csv").open(newline="", encoding="utf-8") as file:
-        assert {row["image"] for row in csv.DictReader(file)} == {printable(name) for name in read} - {*strips}
+    folder = check_list(result, others | dict.fromkeys(large, "not small"))
+    rows = read_csv(folder / "predictions.csv")
+    assert {row["image"] for row in rows} == {printable(name) for name in read} - {*large}
 
 
 def test_one_image_is_read_or_refused_in_one_line(start, trained):
@@ -277,7 +263,7 @@ MANY += [(10**6, 900, False), (10**6, 1000, False), (10**6, 1001, True), (10**6,
 
 @pytest.mark.parametrize(("count", "bad", "stops"), MANY)
 def test_how_many_may_be_unreadable(tmp_path, count, bad, stops):
-    images = Listing(["all"] * count)
+    images = ImageTree.__new__(ImageTree)
     images.paths = [f"{i}.png" for i in range(count)]
     state = SimpleNamespace(unreadable=dict.fromkeys(range(bad), "broken"))
     run = SimpleNamespace(state=state, folder=tmp_path, runtime=SimpleNamespace(is_main=True))
@@ -347,7 +333,12 @@ def read_mutations(count: int, path: Path) -> int:
 def test_mutated_images(tmp_path, capsys):
     """In a child with little memory: no crash, no hang, nothing but an image or a reason."""
     began, found = time.monotonic(), tmp_path / "found"
-    usage = in_a_child(lambda: found.write_text(str(read_mutations(MUTATIONS, tmp_path / "mutated"))), 2**31)
+
+    def work() -> None:
+        take_at_most(2**31)
+        found.write_text(str(read_mutations(MUTATIONS, tmp_path / "mutated")))
+
+    usage = in_a_child(work)
     read = int(found.read_text())
     assert 0 < read < MUTATIONS
     if SOAK:

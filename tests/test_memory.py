@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import python
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="settings of glibc and OpenMP; processors in /proc")
 
@@ -38,18 +38,15 @@ if __name__ == "__main__":
 """
 
 
-def run(path, script: str, threads: int) -> list[float]:
-    """The numbers that a script prints, with so many threads."""
-    (path / "script.py").write_text(script)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
-    environment |= {"RANK": "0", "WORLD_SIZE": "1"}  # as torchrun sets them
-    command = [sys.executable, path / "script.py"]
-    out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return [float(line) for line in out.split()]
+def numbers_of(code: str, folder, threads: str) -> list[float]:
+    """The numbers that a program prints, with so many threads."""
+    ended = python(code, folder, OMP_NUM_THREADS=threads, RANK="0", WORLD_SIZE="1")  # as torchrun sets them
+    assert ended.returncode == 0, ended.stderr
+    return [float(line) for line in ended.stdout.split()]
 
 
 def test_freed_memory_is_kept(tmp_path):
-    without, in_the_script, in_a_worker = run(tmp_path, FAULTS, 1)
+    without, in_the_script, in_a_worker = numbers_of(FAULTS, tmp_path, "1")
     assert without > 200_000, "without the setting there are as many as pages"
     assert max(in_the_script, in_a_worker) < 100_000
 
@@ -74,16 +71,15 @@ print(waiting())
 
 @pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="it takes two cores")
 def test_threads_that_wait_leave_the_processor_to_others(tmp_path):
-    spinning, sleeping = run(tmp_path, WAITING, 2)
+    spinning, sleeping = numbers_of(WAITING, tmp_path, "2")
     assert sleeping < spinning / 2
 
 
-def test_a_script_that_ends_at_once_ends_with_its_own_code():
+def test_a_script_that_ends_at_once_ends_with_its_own_code(tmp_path):
     """Not in an abort, since a thread was still within torch."""
     code = "import sys, experiment.runtime; experiment.runtime.wait_without_spinning(); sys.exit(2)"
-    environment = os.environ | {"OMP_NUM_THREADS": "2"}
     for _ in range(2):
-        ended = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+        ended = python(code, tmp_path, OMP_NUM_THREADS="2")
         assert (ended.returncode, ended.stderr) == (2, "")
 
 

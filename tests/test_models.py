@@ -189,9 +189,7 @@ def test_any_network_is_a_classifier():
         ({"class_names": ["a", "b"]}, "lists 2 classes .* the last layer, head, gives 3 scores"),
         ({"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}, "divide both by 255"),
         ({"mean": (0.5, 0.5)}, "three numbers"),
-        ({"std": "text"}, "three numbers"),
         ({"std": (0.5, 0.5, 0.0)}, "three numbers"),
-        ({"std": (0.5, 0.5, math.nan)}, "three numbers"),
     ],
 )
 def test_what_is_no_fixed_function_to_scores_or_would_be_wrong_in_silence_is_refused(options, message):
@@ -252,14 +250,6 @@ def test_what_stands_in_for_maps():
 
 
 # Where classifiers come from
-
-
-@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "squeezenet1_1", "shufflenet_v2_x0_5", "vit_b_16"])
-def test_head_size_is_read_from_any_architecture(architecture, tmp_path):
-    save_classifier(network_of(architecture, 7).state_dict(), list("abcdefg"), tmp_path / "c.pt")
-    frozen = open_classifier(architecture, str(tmp_path / "c.pt"))
-    side = 224 if architecture == "vit_b_16" else 64
-    assert frozen(torch.rand(1, 3, side, side)).shape == (1, 7)
 
 
 def test_torchvision_weights_are_loaded_from_the_download_folder(tmp_path, monkeypatch):
@@ -465,15 +455,6 @@ def test_darionet_rebuilds_images_of_both_kinds(tmp_path):
     assert picture.size == (48, 48) and picture.mode == "RGB"
     assert (to_tensor(picture) - darionet(to_tensor(to_image(small)))).abs().max() <= 0.5 / 255 + 1e-6
     assert not darionet(small).requires_grad
-
-
-def test_images_keep_their_values_and_their_turn():
-    picture = Image.new("L", (3, 2), 51)
-    picture.putpixel((0, 0), 255)
-    pixels = to_tensor(picture)
-    assert pixels.shape == (1, 3, 2, 3) and pixels[0, :, 0, 0].eq(1).all() and pixels[0, 0, 1, 1] == pytest.approx(0.2)
-    picture.getexif()[0x0112] = 6  # to be turned by 90 degrees
-    assert to_tensor(picture).shape == (1, 3, 3, 2)
     assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
 
 

@@ -226,7 +226,7 @@ def test_names_that_are_no_text_are_printed_as_escapes(tmp_path, encoding):
         ("open('absent')", 1, "-c: No such file or directory: absent\n"),
         ("raise MemoryError", 2, "-c: out of memory: lower the batch size, "),
         ("raise RuntimeError('. DefaultCPUAllocator: can\\'t allocate memory: you')", 2, "-c: out of memory: lower "),
-        ("raise type('OutOfMemoryError', (RuntimeError,), {})", 2, "-c: out of GPU memory: "),
+        ("import torch; raise torch.OutOfMemoryError", 2, "-c: out of GPU memory: lower training.batch_size or "),
         ("raise ValueError('a fault of the program')", 1, "Traceback "),
     ],
 )

@@ -164,21 +164,6 @@ def test_pnms(tmp_path, maxval):
     assert "floating" in outcome(tmp_path / "a.pfm", floats, shown(8))
 
 
-@pytest.mark.parametrize(
-    ("bits", "masks"), [(16, ()), (16, (0xF800, 0x7E0, 0x1F)), (24, ()), (32, ()), (32, (0xFF0000, 0xFF00, 0xFF))]
-)
-def test_bmps(tmp_path, bits, masks):
-    five, six, eight = levels(5), levels(5) * 2 + levels(5) // 16, levels(8)
-    pixels = {16: five << 11 | six << 5 | five if masks else five << 10 | five << 5 | five}
-    value = pixels.get(bits, eight << 16 | eight << 8 | eight)
-    row = b"".join(int(v).to_bytes(bits // 8, "little") for v in value)
-    start = 54 + 4 * len(masks)
-    header = struct.pack("<IiiHHIIiiII", 40, WIDTH, HEIGHT, 1, bits, 3 if masks else 0, 0, 0, 0, 0, 0)
-    head = b"BM" + struct.pack("<IHHI", start + HEIGHT * len(row), 0, 0, start) + header
-    contents = head + struct.pack(f"<{len(masks)}I", *masks) + row * HEIGHT
-    assert outcome(tmp_path / "a.bmp", contents, shown(5 if bits == 16 else 8)) == "shown"
-
-
 OTHERS = [*(("JPEG", mode, {"quality": 100}) for mode in ("L", "RGB", "CMYK"))]  # CMYK is inverted, as Adobe has it
 OTHERS += [("TIFF", "RGB", {"compression": "jpeg", "quality": 100}), ("TIFF", "L", {"compression": "tiff_lzw"})]
 OTHERS += [*(("WEBP", mode, {"lossless": True}) for mode in ("RGB", "RGBA")), ("TIFF", "PA", {})]

@@ -9,7 +9,7 @@ from unicodedata import normalize
 from unittest.mock import DEFAULT, Mock
 
 import pytest
-from conftest import ROOT, draw, draw_folder, one_line, write_parameters
+from conftest import ROOT, draw, draw_folder, one_line, python, write_parameters
 from PIL import Image
 
 from experiment.sampling import ENDINGS, images_by_class, open_images, share
@@ -274,6 +274,6 @@ def test_a_file_system_that_refuses_niceties(start, originals, monkeypatch, numb
     one_line(start("img_sampler_train", "--link", "--set", "data.train=other"), "no hard link", "leave out --link")
 
 
-def test_samplers_start_without_torch():
+def test_samplers_start_without_torch(tmp_path):
     code = "import sys, img_sampler_train, img_sampler_val; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    assert python(code, tmp_path).returncode == 0

@@ -1,24 +1,37 @@
 """Every script from end to end, as a user starts it."""
 
-import csv
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import unicodedata
 from functools import partial
 from pathlib import Path
+from unicodedata import normalize
 from urllib.error import URLError
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT, Result, draw, draw_folder, one_line, write_parameters
+from conftest import (
+    CLASSES,
+    ROOT,
+    Result,
+    checkpoint,
+    draw,
+    draw_folder,
+    last_line,
+    one_line,
+    read_csv,
+    results_of,
+    same_state,
+    stop_after,
+    write_parameters,
+)
 from PIL import Image
 from torchvision.models import get_model
 
-from experiment import data, distillation, evaluation, plots
+from experiment import distillation, evaluation, plots
 from experiment.run import claimed
 from models.classifier import open_classifier, save_classifier
 from models.darionet import load_upscalers
@@ -30,18 +43,10 @@ def rewrite_note(path: str, note: dict) -> None:
     save_weights(load_generator(path), path, note)
 
 
-def last_line(result) -> Path:
-    return Path(result.out.strip().splitlines()[-1])
-
-
 def succeeds(result: Result) -> Path:
     """The folder of a run that ended well."""
     assert result.code == 0, result
     return last_line(result)
-
-
-def results_of(result: Result) -> dict:
-    return json.loads((last_line(result) / "results.json").read_text())
 
 
 def names_of(results: dict) -> list[str]:
@@ -50,28 +55,6 @@ def names_of(results: dict) -> list[str]:
 
 def small_classifier(architecture: str = "resnet18", classes: list[str] = CLASSES, **options) -> torch.nn.Module:
     return get_model(architecture, weights=None, num_classes=len(classes), **options)
-
-
-def read_csv(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same_state(a, b) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.equal(b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same_state(a[k], b[k]) for k in a if k not in CLOCKS)
-    if isinstance(a, list):
-        return len(a) == len(b) and all(map(same_state, a, b))
-    return a == b
-
-
-CLOCKS = ("seconds", "images_per_second")
 
 
 def test_training_writes_everything(start, experiment):
@@ -93,51 +76,6 @@ def test_training_writes_everything(start, experiment):
     assert "12 in train" in result.out and "6 in val" in result.out and "starts as a plain enlargement" in result.out
     resolved = json.loads((folder / "parameters.json").read_text())
     assert resolved["training"]["epochs"] == 2 and resolved["transformations"]["scale"] == 0.32
-
-
-def stop_after(monkeypatch, steps: int, number: int) -> None:
-    """Sends this process a signal in the middle of the step after `steps`."""
-    calls, to_float = [], data.to_float
-
-    def counting(images, device):
-        calls.append(1)
-        if len(calls) == steps + 1:
-            os.kill(os.getpid(), number)
-        return to_float(images, device)
-
-    for module in (data, distillation, evaluation):
-        monkeypatch.setattr(module, "to_float", counting)
-
-
-@pytest.mark.parametrize(
-    ("steps", "number", "code", "workers"),
-    [(0, signal.SIGINT, 130, 0), (2, signal.SIGTERM, 143, 1), (4, signal.SIGTERM, 143, 0), (6, signal.SIGINT, 130, 0)],
-    ids=["first step", "mid-epoch", "validation", "last epoch"],
-)
-@pytest.mark.usefixtures("no_figures")
-def test_a_resumed_run_ends_as_if_never_stopped(start, experiment, monkeypatch, steps, number, code, workers):
-    whole = last_line(start("train_darionet"))  # 2 epochs of 3 steps, 2 batches of validation each
-    with monkeypatch.context() as patch:
-        stop_after(patch, steps, number)
-        stopped = start("train_darionet", "--set", f"data.workers={workers}")
-    assert stopped.code == code, stopped.err
-    folder = last_line(stopped)
-    assert f"python train_darionet.py --resume {folder}" in stopped.out
-    assert succeeds(start("train_darionet", "--resume", folder)) == folder
-    assert same_state(checkpoint(folder), checkpoint(whole) | {"resolved": checkpoint(folder)["resolved"]})
-
-
-@pytest.mark.usefixtures("no_figures")
-def test_resuming_what_is_another_run_is_refused(start, experiment):
-    start("train_darionet", "--set", "training.epochs=1")
-    rate = ("--set", "training.learning_rate=0.01")
-    one_line(start("train_darionet", "--resume", *rate), "training.learning_rate 0.001, now it is 0.01")
-    one_line(start("train_darionet", "--resume", "nowhere"), "nowhere: no checkpoint.pt")
-    draw("discs", 99).save(experiment / "val" / "discs" / "new.png")
-    one_line(start("train_darionet", "--resume"), "images.data.val")
-    (experiment / "val" / "discs" / "new.png").unlink()
-    save_classifier(small_classifier(), CLASSES, "classifier.pt")
-    one_line(start("train_darionet", "--resume"), "classifier_weights")
 
 
 def test_pixels_then_logits_then_test(start, experiment):
@@ -262,11 +200,8 @@ def test_try_small_images(start, trained):
     (trained / "icons" / "more").mkdir(parents=True)
     draw("discs", 1, 12).save("icons/a.png")
     draw("checks", 2, 20).resize((20, 11)).save("icons/more/b.png")
-    (trained / "icons" / "c.png").write_bytes(b"broken")
-    draw("discs", 1, 90).save("icons/large.png")
     result = start("try_darionet", "--small", "icons")
-    assert result.code == 1
-    folder = last_line(result)
+    folder = succeeds(result)
     rows = read_csv(folder / "predictions.csv")
     sizes = [(row["image"], row["width"], row["height"]) for row in rows]
     assert sizes == [("a.png", "12", "12"), ("more/b.png", "20", "11")]
@@ -275,8 +210,6 @@ def test_try_small_images(start, trained):
     sure = sum(float(row["darionet_probability"]) for row in rows) / 2
     assert f"DarioNet changes {changed} of 2 decisions on bilinear images; mean probability {sure:.2f}" in result.out
     assert (folder / "small.png").is_file()
-    reasons = {row["image"]: row["reason"] for row in read_csv(folder / "unreadable.csv")}
-    assert set(reasons) == {"c.png", "large.png"} and "not small" in reasons["large.png"]
 
 
 def test_small_images_with_labels(start, trained):
@@ -333,21 +266,6 @@ def test_folders_and_weights_that_do_not_fit(start, trained):
     one_line(start("test", "--weights", "classifier.pt"), "classifier.pt: not an RRDBNet")
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_a_full_disk_leaves_the_checkpoint(start, experiment, monkeypatch):
-    folder = last_line(start("train_darionet", "--set", "training.epochs=1"))
-    before = (folder / "checkpoint.pt").read_bytes()
-    Path("DarioNet.pt").unlink()
-
-    def no_space(contents, file):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", no_space)
-    result = start("train_darionet")
-    assert result.code == 1 and "No space left on device" in result.err and "Traceback" not in result.err
-    assert (folder / "checkpoint.pt").read_bytes() == before and not list(experiment.glob("**/.*"))
-
-
 def test_weights_that_could_not_be_written_are_refused_before_training(start, experiment):
     for path, message in (
         ("train", "change darionet.weights"),
@@ -389,7 +307,7 @@ def test_a_run_whose_validation_was_never_finite_says_so(start, experiment, monk
     assert not Path("DarioNet.pt").exists()
 
 
-def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, trained, monkeypatch):
+def test_a_stopped_evaluation(start, trained, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 0, signal.SIGTERM)
         result = start("test")
@@ -398,12 +316,6 @@ def test_a_stopped_evaluation_and_a_stopped_folder_of_small_images(start, traine
     assert found["stopped_early"] and found["variants"][0]["n"] == 4
     assert "4 test images, stopped early" in (folder / "results.md").read_text()
     assert {"report.pdf", "triptychs.png"} <= set(os.listdir(folder))
-    draw_folder(trained / "icons", 2)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2, signal.SIGTERM)
-        result = start("try_darionet", "--small", "icons")
-    assert result.code == 143 and "Stopped: 3 of 6 images" in result.out
-    assert len(read_csv(last_line(result) / "predictions.csv")) == 3
 
 
 def test_small_images_of_another_size_than_the_weights_were_trained_for(start, trained):
@@ -418,18 +330,6 @@ def test_small_images_of_another_size_than_the_weights_were_trained_for(start, t
     for setting, said in (("scale=0.6", False), ("antialias=true", False), ("scale=0.2", True)):
         result = start("try_darionet", "large.png", "--set", f"transformations.{setting}")
         assert ("DarioNet.pt was trained for scale 0.32, not 0.2" in result.out) == said, result.out
-
-
-def test_out_of_memory_is_one_line(start, trained, monkeypatch):
-    def full(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    for module in (data, evaluation):
-        monkeypatch.setattr(module, "to_float", full)
-    one_line(start("train_darionet"), "out of GPU memory: lower training.batch_size")
-    one_line(start("test"), "out of GPU memory: lower training.batch_size or test.batch_size")
-    draw("checks", 5).save("a.png")
-    one_line(start("try_darionet", "a.png"), "out of GPU memory")
 
 
 def test_the_default_without_imagenet(tmp_path):
@@ -624,7 +524,7 @@ def test_scores_that_overflow_make_no_row(start, trained):
     state["HRconv.bias"].fill_(3e38)
     save_weights(state, "DarioNet.pt", {"loss": {"logits": 1.0}})
     draw("discs", 1).save("a.png")
-    one_line(start("test"), "the scores on the images of DarioNet are not finite")
+    one_line(start("test"), "the scores on the images of DarioNet are not finite: its weights are damaged")
     one_line(start("try_darionet", "a.png"), "are not finite")
     assert not list(Path("assets/logs").glob("*/results.json"))
 
@@ -651,10 +551,11 @@ def test_rows_are_named_for_what_they_are(start, trained):
 
 @pytest.mark.usefixtures("no_figures")
 def test_sheets_say_what_the_table_counts(start, trained, monkeypatch):
-    """Also where a file system took the accents of a class's name apart."""
-    folder, name = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFC", "café")
-    (trained / "test" / CLASSES[0]).rename(trained / "test" / folder)
-    save_classifier(open_classifier("resnet18", "classifier.pt").network, [name, *CLASSES[1:]], "classifier.pt")
+    """Also where a file system, or the classifier's, took the accents of a class's name apart."""
+    for old, new in ((CLASSES[0], normalize("NFD", "café")), (CLASSES[1], normalize("NFC", "thé"))):
+        (trained / "test" / old).rename(trained / "test" / new)
+    known = [normalize("NFC", "café"), normalize("NFD", "thé"), CLASSES[2]]
+    save_classifier(open_classifier("resnet18", "classifier.pt").network, known, "classifier.pt")
     sheets = []
     monkeypatch.setattr(plots, "image_grid", lambda columns, titles, path: sheets.append((list(columns), titles)))
     result = start("test", "--set", "test.precision=bf16")

@@ -1,6 +1,5 @@
 """Two processes on a CPU, started as a user would: they do what one process does."""
 
-import csv
 import json
 import os
 import socket
@@ -10,9 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CLASSES, ROOT
+from conftest import CLASSES, ROOT, last_line, read_csv
 
-from experiment.runtime import Runtime
 from models.weights import load_generator
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -22,22 +20,6 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reaso
 def torchrun(*command) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*TORCHRUN, *map(str, command)], capture_output=True, text=True, timeout=240, env=environment)
-
-
-def read_csv(path: Path) -> list[dict]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def test_gradient_is_that_of_one_process_with_both_parts(experiment):
-    from gradient_of_two import drawn, gradient
-
-    images = drawn()
-    expected = gradient(images, len(images), Runtime(torch.device("cpu"), "float32"))
-    result = torchrun(ROOT / "tests" / "gradient_of_two.py", "out.pt")
-    assert result.returncode == 0, result.stderr
-    for found in torch.load("out.pt", weights_only=True):
-        assert (found - expected).norm() / expected.norm() < 1e-12
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -54,7 +36,7 @@ def test_training_and_test_of_two_processes(start, experiment):
     weights = load_generator("DarioNet.pt")
     Path("DarioNet.pt").unlink()
     one = start("train_darionet", *exact, "--set", "training.batch_size=4")
-    other = Path(one.out.strip().splitlines()[-1])
+    other = last_line(one)
     for mine, theirs in zip(read_csv(folder / "history.csv"), read_csv(other / "history.csv"), strict=True):
         for key in ("train_loss", "val_loss", "val_accuracy", "val_agreement", "val_psnr_db", "unreadable"):
             assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-3), key
@@ -65,7 +47,7 @@ def test_training_and_test_of_two_processes(start, experiment):
     two = torchrun(ROOT / "test.py")
     assert two.returncode == 1  # torchrun's own code for any failure: here an image could not be read
     folder = Path(two.stdout.strip().splitlines()[-1])
-    other = Path(start("test").out.strip().splitlines()[-1])
+    other = last_line(start("test"))
     mine, theirs = (json.loads((f / "results.json").read_text()) for f in (folder, other))
     assert mine["unreadable"] == theirs["unreadable"] and len(mine["unreadable"]) == 1
     for a, b in zip(mine["variants"], theirs["variants"], strict=True):
