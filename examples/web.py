@@ -45,7 +45,6 @@ NO_JPEG = "no"
 QUALITIES = (NO_JPEG, 90, 75, 40)
 BEST = 5  # labels
 LARGEST_UPLOAD = 20 * 2**20  # bytes
-LARGEST_FOLDER = 2**30  # bytes; what is over it takes no more uploads
 CLEANING = 600, 3600  # seconds: how often files are looked at, and how old they get
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 EXAMPLES = (  # of PHOTOGRAPHS, in the page's order
@@ -231,30 +230,6 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
     return page
 
 
-def without_room(app, folder: Path):
-    """The web application `app`, refusing uploads while `folder` holds too much."""
-    from starlette.responses import PlainTextResponse
-
-    async def guarded(scope, receive, send) -> None:
-        answer = app
-        if scope["type"] == "http" and scope["path"].endswith("/upload") and held(folder) > LARGEST_FOLDER:
-            answer = PlainTextResponse("Too much was uploaded: try again in an hour, or start again", 413)
-        await answer(scope, receive, send)
-
-    return guarded
-
-
-def held(folder: Path) -> int:
-    """Bytes of all files below `folder`; an empty one takes room too."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += 4096 + path.stat().st_size
-        except FileNotFoundError:  # removed since
-            continue
-    return total
-
-
 def main() -> int:
     """Serves the page on this machine alone until Ctrl-C, SIGTERM or SIGHUP."""
     parser = script_parser(__doc__)
@@ -263,7 +238,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install gradio, then pip install -r requirements.txt")
-    from starlette.middleware import Middleware
 
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     networks = open_networks(parameters, arguments.weights or [parameters.darionet.weights])
@@ -285,7 +259,6 @@ def main() -> int:
                 max_file_size=LARGEST_UPLOAD,
                 allowed_paths=[str(PHOTOGRAPHS / "free")],
                 footer_links=[],
-                app_kwargs={"middleware": [Middleware(without_room, folder=Path(folder))]},
             )
         except OSError as error:
             raise InputError(f"the page: {error}") from None
