@@ -139,7 +139,7 @@ class Ours:
         self.run = Run("benchmark", None, runtime, parameters, {}, network, optimizer, None, None)  # for its step alone
         self.batch = Batch(images, torch.arange(len(images)), [])
 
-    def loss_on(self, images: Tensor, indices: Tensor | None = None, **options):
+    def loss_on(self, images: Tensor, **options):
         return self.loss(images, self.pipeline.reduce(images), self.pipeline.restore, **options)
 
     def train(self) -> None:
