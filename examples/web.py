@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -85,13 +84,8 @@ def way_to_reduce(times: float, interpolation: str, antialias: bool, jpeg: str |
     return reduction if jpeg == NO_JPEG else Stored(reduction, "JPEG", int(jpeg))
 
 
-def pixels(image: Tensor) -> np.ndarray:
-    """(3,H,W) in [0,1] -> uint8 (H,W,3)."""
-    return np.asarray(to_image(image))
-
-
 class Row(NamedTuple):
-    image: np.ndarray  # uint8 (H,W,3)
+    image: Image.Image
     labels: dict[str, float]  # the classifier's best labels -> probability
     size: tuple[int, int]  # width and height that the classifier read, pixels
 
@@ -128,7 +122,7 @@ def read_all(networks: Networks, image: Tensor, reduce: Callable[[Tensor], Tenso
         labels, size = {one["label"]: one["probability"] for one in best}, tuple(shown.shape[:-3:-1])
         if name == SMALL:  # every pixel as a square
             shown = Scaler(tuple(image.shape[-2:]), "nearest")(shown)
-        rows[name] = Row(pixels(shown), labels, size)
+        rows[name] = Row(to_image(shown), labels, size)
     return rows
 
 
@@ -176,14 +170,14 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
         notes = "; ".join(filter(None, (other_input(path, reduction) for path in networks.weights)))
         images = {name: row.image for name, row in rows.items()}
         pictures = []
-        for name, (array, _, (width, height)) in rows.items():
+        for name, (picture, _, (width, height)) in rows.items():
             file = re.sub(r"[^\w-]+", "_", name)  # a browser saves the picture by this name
-            path = save_pil_to_cache(Image.fromarray(array), str(folder), file, "png")
+            path = save_pil_to_cache(picture, str(folder), file, "png")
             pictures.append(gr.Image(path, label=f"{name}, {width} x {height}"))
         labels = [row.labels or None for row in rows.values()]
         return [images, html.escape(notes), (images[left], images[right]), *pictures, *labels]
 
-    def compare(images: dict[str, np.ndarray] | None, left: str, right: str):
+    def compare(images: dict[str, Image.Image] | None, left: str, right: str):
         return (images[left], images[right]) if images else gr.skip()
 
     if image is None and examples:
