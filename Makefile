@@ -42,8 +42,7 @@ soak: .venv/installed
 	python soak/killed.py 200
 	python soak/signals.py
 	python soak/torchrun.py
-	SOAK=1 pytest tests/test_checkpoint.py tests/test_images.py tests/test_fuzz_parameters.py tests/test_resume.py \
-		tests/test_malicious.py tests/test_nonfinite.py
+	SOAK=1 pytest tests/test_images.py tests/test_fuzz_parameters.py
 
 lint: .venv/installed
 	ruff format .

@@ -8,7 +8,7 @@ gives; a wrong index or a forgotten term gives 0.01 and more, whatever the seed.
 
 Rounding differs between processors and numbers of threads. If it moves a value over the kink of a ReLU or a maximum, a
 gradient changes by 0.001 to 0.1 and nothing is wrong. So gradients are compared in float64, where that takes a value
-within 1e-16 of a kink, and in float32 as the best of several seeds.
+within 1e-16 of a kink, and in lower precision as the best of several seeds.
 """
 
 import copy
@@ -17,12 +17,11 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import get_model
 
 from benchmarks.plain import PlainRRDBNet, plain_loss
 from experiment.distillation import Losses, distillation_loss
-from experiment.runtime import compiled
+from experiment.runtime import compiled, cpu_has_bf16
 from models.classifier import FrozenClassifier, head_of
 from models.pipeline import Pipeline, Upscale
 from models.rrdbnet import RRDBNet
@@ -32,7 +31,6 @@ BOUNDS = {torch.float64: 1e-12, torch.float32: 2e-5}
 STEP_BOUND = {torch.float64: 1e-11, torch.float32: 2e-4}  # of a whole step, where more roundings add up
 SEEDS = (20, 21, 22)
 LOWER_PRECISION = 1.5  # the fast path's error in bf16 over the plain path's, both against float32
-RESIDUAL_GAIN = 0.3  # of random residuals: large enough that every layer matters
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -112,10 +110,6 @@ def gradients(output: Tensor, inputs: list[Tensor]) -> list[Tensor]:
     return torch.autograd.grad((output * weights.to(output.device)).sum(), inputs)
 
 
-def worst(found: list[Tensor], expected: list[Tensor]) -> float:
-    return max(error(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def generator_errors(
     size: tuple[int, int, int], dtype: torch.dtype, device: str = "cpu", recompute: bool = False, seed: int = SEEDS[0]
 ) -> tuple[float, float]:
@@ -128,8 +122,9 @@ def generator_errors(
     for module in (network, plain):
         x = small.clone().requires_grad_()
         out = module(x)
-        results.append((out, gradients(out, [x, *module.parameters()])))
-    return error(results[0][0], results[1][0]), worst(results[0][1], results[1][1])
+        results.append([out, *gradients(out, [x, *module.parameters()])])
+    of_output, *of_gradients = map(error, *results)
+    return of_output, max(of_gradients)
 
 
 def step_errors(
@@ -161,41 +156,33 @@ def step_errors(
 
 
 def all_checks(device: str) -> list[tuple[str, float, float]]:
-    """(what, error, bound) of every fast path on a device."""
+    """(what, error, bound) of every fast path on a device; in bf16 if it computes in it, else the plain path runs."""
     checks = []
-    for dtype, size in ((torch.float64, (16, 2, 8)), (torch.float32, (64, 1, 32))):
+    for dtype, size, of_seeds in ((torch.float64, (16, 2, 8), max), (torch.float32, (64, 1, 32), min)):
         for recompute in (False, True):
             name = f"generator {size} in {str(dtype).removeprefix('torch.')}{', recomputed' if recompute else ''}"
             found = [generator_errors(size, dtype, device, recompute, seed) for seed in SEEDS]
             checks.append((f"{name}: output", max(out for out, _ in found), BOUNDS[dtype]))
-            checks.append((f"{name}: gradients, best of {len(SEEDS)}", min(g for _, g in found), BOUNDS[dtype]))
-    pipeline = pipeline_of(frozen(random_classifier("resnet18", 20)), random_network(16, 2, 8)).to(device)
-
-    def on(images: Tensor) -> Tensor:
-        return images.to(device).contiguous(memory_format=torch.channels_last)
-
-    images = on(drawn_images(3, 64, 3))
-    for compiling in (False, True) if device == "cuda" else (False,):
-        name = "compiled step" if compiling else "step"
-        found = [step_errors(pipeline, on(drawn_images(3, 64, seed)), compiling=compiling)[0] for seed in SEEDS]
+            what = f"{name}: gradients, {of_seeds.__name__} of {len(SEEDS)}"
+            checks.append((what, of_seeds(g for _, g in found), BOUNDS[dtype]))
+    pipeline = pipeline_of(frozen(random_classifier("resnet18", 20)), random_network(8, 1, 4)).to(device)
+    drawn = [drawn_images(2, 48, seed).to(device, memory_format=torch.channels_last) for seed in SEEDS]
+    double = copy.deepcopy(pipeline).to(dtype=torch.float64, memory_format=torch.channels_last)
+    found = [step_errors(double, images.double())[0] for images in drawn]
+    checks.append(("step in float64: loss and gradients", max(map(max, found)), STEP_BOUND[torch.float64]))
+    steps = [("step in NCHW", torch.contiguous_format, False), ("step", torch.channels_last, False)]
+    steps += [("compiled step", torch.channels_last, True)] if device == "cuda" else []
+    for name, order, compiling in steps:
+        pipeline.to(memory_format=order)
+        found = [step_errors(pipeline, images, compiling=compiling)[0] for images in drawn]
         bound = STEP_BOUND[torch.float32]
         checks.append((f"{name} in float32: loss", max(loss for loss, _ in found), bound))
-        checks.append((f"{name}: gradients, best of {len(SEEDS)}", min(g for _, g in found), bound))
-        ours, plain = step_errors(pipeline, images, torch.bfloat16, compiling=compiling)
-        checks.append((f"{name} in bf16: gradients", ours[1], LOWER_PRECISION * plain[1]))
+        checks.append((f"{name} in float32: gradients, min of {len(SEEDS)}", min(g for _, g in found), bound))
+        if device == "cuda" or cpu_has_bf16():
+            found = [step_errors(pipeline, images, torch.bfloat16, compiling=compiling) for images in drawn]
+            ours, plain = min(((ours[1], plain[1]) for ours, plain in found), key=lambda pair: pair[0] / pair[1])
+            checks.append((f"{name} in bf16: gradients, min of {len(SEEDS)}", ours, LOWER_PRECISION * plain))
     return checks
-
-
-class Operators(TorchDispatchMode):
-    """Notes the names of all operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def main() -> int:

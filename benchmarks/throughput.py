@@ -139,7 +139,7 @@ class Ours:
         self.run = Run("benchmark", None, runtime, parameters, {}, network, optimizer, None, None)  # for its step alone
         self.batch = Batch(images, torch.arange(len(images)), [])
 
-    def loss_on(self, images: Tensor, indices: Tensor | None = None, **options):
+    def loss_on(self, images: Tensor, **options):
         return self.loss(images, self.pipeline.reduce(images), self.pipeline.restore, **options)
 
     def train(self) -> None:
@@ -242,31 +242,21 @@ def memory(call: Callable[[], object], device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / 1e6
 
 
-class Kept:
-    """A tensor that autograd keeps."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
 def saved_bytes(call: Callable[[], object]) -> int:
     """Largest number of bytes that autograd keeps at once between forward and backward, parameters apart."""
     alive, largest = WeakSet(), 0
 
-    def pack(tensor: Tensor) -> Tensor | Kept:
+    def pack(tensor: Tensor) -> Tensor:
         nonlocal largest
         if isinstance(tensor, nn.Parameter) or not tensor.numel():
             return tensor
-        kept = Kept(tensor)
+        kept = tensor.detach()  # an object of its own, which lives as long as autograd keeps it
         alive.add(kept)
-        storages = [one.tensor.untyped_storage() for one in alive]
+        storages = [one.untyped_storage() for one in alive]
         largest = max(largest, sum({one.data_ptr(): one.nbytes() for one in storages}.values()))
         return kept
 
-    def unpack(kept: Tensor | Kept) -> Tensor:
-        return kept.tensor if isinstance(kept, Kept) else kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept):
         call()
     return largest
 

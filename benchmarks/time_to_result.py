@@ -6,32 +6,25 @@
 The other recipe is that of --against, or the published one: the scores alone in the loss, whole images, a constant
 learning rate, nothing averaged; start, batches and learning rate are ours. The two take turns of a tenth of --minutes,
 so that what else the machine does slows both: train_darionet.py is started, stopped and resumed. After each turn the
-network as it stands, averaged if the recipe averages, is evaluated on our data.test. Minutes are those of the training
-steps, as the run counts them: start, validation and this evaluation are left out. A recipe ends with its epochs.
-Nothing is written but the runs in assets/logs. The last line is JSON.
+network as it stands, averaged if the recipe averages, is evaluated by test.py with our parameters. Minutes are those of
+the training steps, as the run counts them: start, validation and this evaluation are left out. A recipe ends with its
+epochs. Nothing is written but the runs in assets/logs. The last line is JSON.
 """
 
 import json
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
-from experiment.data import ImageTree, Transform, batches, epoch_batches
-from experiment.evaluation import Evaluation, evaluate, make_pipelines
-from experiment.metrics import BASELINE, ORIGINAL, OURS, summarise
-from experiment.parameters import Parameters, read_parameters
+from experiment.parameters import read_parameters
 from experiment.run import load_checkpoint
-from experiment.runtime import Runtime, Stopper, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
-from models.classifier import FrozenClassifier, open_classifier
-from models.darionet import build_darionet, to_device
 from models.errors import InputError
-from models.pipeline import Upscale
-from models.scaler import Reduction
-from models.weights import load_strictly
+from models.weights import save_weights
 
-SCRIPT = Path(__file__).parents[1] / "train_darionet.py"
+ROOT = Path(__file__).parents[1]
 WANTED = 0.8  # recovered
 TURNS = 10
 PUBLISHED = (
@@ -51,12 +44,11 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="of training, for each recipe")
     arguments = parser.parse_args()
     path = arguments.parameters or "parameters.json"
-    parameters = read_parameters(path, arguments.set)
-    whole = f"transformations.train_crop_size={parameters.transformations.val_crop_size}"
-    other = (arguments.against, arguments.set) if arguments.against else (path, [*arguments.set, *PUBLISHED, whole])
+    whole = read_parameters(path, arguments.set).transformations.val_crop_size
+    published = [*arguments.set, *PUBLISHED, f"transformations.train_crop_size={whole}"]
+    other = (arguments.against, arguments.set) if arguments.against else (path, published)
     runs = {arguments.against or "published": Run(*other), "ours": Run(path, arguments.set)}
-    runtime = start_runtime(parameters.test.precision, parameters.test.seed)
-    classifier = open_classifier(**parameters.classifier.model_dump()).to(runtime.device)
+    tested = ["--parameters", path, *as_options([*arguments.set, "darionet.initial_weights=null"])]
 
     found: dict[str, list[dict]] = {name: [] for name in runs}
     print("| recipe | minutes | accuracy | recovered | 95 % interval |\n|---|---|---|---|---|")
@@ -65,9 +57,10 @@ def main() -> int:
             if run.finished:
                 continue
             run.train_until(60 * arguments.minutes * turn / TURNS)
-            row = {"minutes": run.seconds / 60} | scores(run, parameters, classifier, runtime)
+            row = {"minutes": run.seconds / 60} | run.scores(tested)
             found[name].append(row)
-            between = f"{row['low']:.0%} to {row['high']:.0%}" if row["low"] is not None else "–"
+            low, high = row["recovered_low"], row["recovered_high"]
+            between = "–" if low is None else f"{low:.0%} to {high:.0%}"
             print(f"| {name} | {row['minutes']:.2f} | {row['accuracy']:.4f} | {share(row)} | {between} |")
     print()
     reached = {}
@@ -83,8 +76,7 @@ class Run:
     """A run of train_darionet.py, with the parameters of `path` and `settings`, that goes on if it is asked to."""
 
     def __init__(self, path: str, settings: list[str]):
-        options = [part for setting in [*settings, "training.save=false"] for part in ("--set", setting)]
-        self.start = ["--parameters", path, *options]
+        self.start = ["--parameters", path, *as_options([*settings, "training.save=false"])]
         self.folder: Path | None = None
         self.seconds = 0.0  # of training steps so far
         self.finished = False
@@ -96,7 +88,7 @@ class Run:
             InputError: the training refused or failed, in its own words.
         """
         options = self.start if self.folder is None else ["--resume", str(self.folder)]
-        command = [sys.executable, "-u", str(SCRIPT), *options]
+        command = [sys.executable, "-u", ROOT / "train_darionet.py", *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             timer = threading.Timer(max(0.0, seconds - self.seconds), process.terminate)
             for line in process.stdout:
@@ -110,29 +102,28 @@ class Run:
         state = load_checkpoint(self.folder)["state"]
         self.seconds = state["seconds"] + sum(row["seconds"] for row in state["history"])
 
+    def scores(self, tested: list[str]) -> dict:
+        """What test.py, started with the options `tested`, finds of the network as it stands in the run's checkpoint.
 
-def scores(run: Run, parameters: Parameters, classifier: FrozenClassifier, runtime: Runtime) -> dict:
-    """Accuracy on data.test of the network as it stands in the run's checkpoint, and the fraction that it recovers."""
-    checkpoint, t, options = load_checkpoint(run.folder), parameters.transformations, parameters.test
-    d = read_parameters(run.folder / "parameters.json").darionet
-    network = to_device(build_darionet(d.features, d.blocks, d.growth, None), runtime.device).eval()
-    load_strictly(network, checkpoint.get("average", checkpoint["network"]), run.folder)
-    dataset = ImageTree(parameters.data.test, Transform(t.resize_size, t.val_crop_size))
-    targets = dataset.targets(classifier.class_names, required=True)
-    order = {"seed": options.seed, "epoch": 0, "shuffle": True, "limit": options.batches_per_epoch}
-    lists = epoch_batches(len(dataset), options.batch_size, **order)
-    reduction = Reduction(t.scale, t.interpolation, t.antialias)
-    pipelines = make_pipelines(classifier, reduction, {OURS: Upscale(network, t.interpolation, t.antialias)})
-    pipelines = [pipeline for pipeline in pipelines if pipeline.name in (ORIGINAL, BASELINE, OURS)]
-    result = Evaluation()
-    with Stopper() as stopper, progress_bar(sum(map(len, lists)), "evaluation", unit="image", leave=False) as bar:
-        arriving = batches(dataset, lists, parameters.data.workers, stopper=stopper)
-        evaluate(pipelines, arriving, dataset, targets, runtime, stopper, bar, result)
-    if stopper.requested:
-        raise KeyboardInterrupt
-    row = summarise(result.rows, result.seconds, result.timed, options.seed)[-1]
-    kept = {"accuracy": "accuracy", "recovered": "recovered", "low": "recovered_low", "high": "recovered_high"}
-    return {name: row[key] for name, key in kept.items()}
+        Raises:
+            InputError: it refused or failed, in its own words.
+        """
+        checkpoint = load_checkpoint(self.folder)
+        with tempfile.TemporaryDirectory() as folder:
+            weights = Path(folder, "DarioNet.pt")
+            save_weights(checkpoint.get("average", checkpoint["network"]), weights, {})
+            command = [sys.executable, ROOT / "test.py", *tested, "--weights", weights]
+            result = subprocess.run(command, capture_output=True, text=True)
+        *_, last = ["", *result.stdout.splitlines()]
+        results = Path(last, "results.json")
+        if result.returncode not in (0, 1) or not results.is_file():  # 1: some image can't be read
+            *_, reason = ["killed", *result.stderr.splitlines()]
+            raise InputError(f"the evaluation ended: {reason}")
+        return json.loads(results.read_text())["variants"][-1]
+
+
+def as_options(settings: list[str]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 def share(row: dict) -> str:

@@ -76,14 +76,14 @@ def main() -> int:
     betas = (0.9, training.adam_beta2)
     optimizer = torch.optim.Adam(student.parameters(), lr=training.learning_rate, betas=betas, fused=True)
 
-    size = training.batch_size
+    images_per_step = training.batch_size
     order = {"seed": training.seed, "shuffle": training.shuffle, "limit": training.batches_per_epoch}
-    steps = len(epoch_batches(len(train_set), size, epoch=0, **order))  # per epoch
+    steps = len(epoch_batches(len(train_set), images_per_step, epoch=0, **order))  # per epoch
     schedule = (steps * training.epochs, training.learning_rate, training.schedule, training.warmup_steps)
     flips = (t.random_horizontal_flip_probability, t.random_vertical_flip_probability)
     shared = {
         "enlarge": enlarge,
-        "training.batch_size x processes": size,
+        "training.batch_size x processes": images_per_step,
         "used_precision": runtime.precision,
         "images": {"data.train": train_set.fingerprint(), "data.val": val_set.fingerprint()},
         "classifier_weights": teacher.fingerprint(),
@@ -92,12 +92,12 @@ def main() -> int:
     print(f"A copy of {parameters.classifier.architecture} learns to read small images, enlarged: {enlarge}")
     print(f"Images: {len(train_set)} in {train_set.root}; validation: {len(val_set)} in {val_set.root}")
     print(f"Reduction: {random or reduction}; loss: {terms}; Adam, learning rate {training.learning_rate:g}")
-    print(f"{training.epochs} epochs, batch size {size}; {runtime.describe()}")
+    print(f"{training.epochs} epochs, batch size {images_per_step}; {runtime.describe()}")
     with Run("adapt", folder, runtime, parameters.model_dump(), shared, student, optimizer, average, output) as run:
         for epoch in run.epochs():
             # Training
             train_set.transform = Transform(t.resize_size, t.train_crop_size, *flips, training.seed, epoch)
-            of_epoch = epoch_batches(len(train_set), size, epoch=epoch, **order)
+            of_epoch = epoch_batches(len(train_set), images_per_step, epoch=epoch, **order)
             for batch in run.batches(train_set, of_epoch, data.workers):
                 reduce, step = reduction, run.state.batch
                 if random is not None:
@@ -112,7 +112,7 @@ def main() -> int:
                 break
 
             # Validation, and what an epoch leaves
-            scores = run.validate(validation_loss, val_set, targets, size, data.workers)
+            scores = run.validate(validation_loss, val_set, targets, images_per_step, data.workers)
             if scores is None:
                 break
             row, improved = run.end_epoch(learning_rate_at((epoch + 1) * steps - 1, *schedule), scores)

@@ -22,15 +22,8 @@ from torch import Tensor
 
 from experiment import plots
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
-from experiment.metrics import (
-    BASELINE,
-    ORIGINAL,
-    bootstrap,
-    interval,
-    recovered_draws,
-    require_finite,
-    write_json,
-)
+from experiment.evaluation import make_pipelines
+from experiment.metrics import ORIGINAL, bootstrap, interval, recovered_draws, require_finite, write_json
 from experiment.parameters import read_parameters
 from experiment.runtime import Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
@@ -38,7 +31,7 @@ from models.classifier import open_classifier
 from models.darionet import load_upscalers, to_device
 from models.errors import InputError
 from models.files import write_text
-from models.pipeline import Enlarge, Pipeline, unchanged
+from models.pipeline import unchanged
 from models.scaler import Reduction, Stored
 
 
@@ -70,16 +63,15 @@ def main() -> int:
     classifier = to_device(open_classifier(**parameters.classifier.model_dump()), runtime.device)
     classifier.check(t.val_crop_size, "transformations.val_crop_size")
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
-    restores = {BASELINE: Enlarge("bilinear"), "Bicubic": Enlarge("bicubic")}
     weights = arguments.weights or [d.weights]
-    restores |= load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
-    pipelines = [Pipeline(name, classifier, unchanged, restore) for name, restore in restores.items()]
+    networks = load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
+    _, _, *pipelines = make_pipelines(classifier, unchanged, networks)  # of what is rebuilt
     scales = arguments.scales or [t.scale]
     reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
     limit = options.batches_per_epoch
     lists = epoch_batches(len(dataset), options.batch_size, seed=options.seed, epoch=0, shuffle=True, limit=limit)
 
-    right = {key: {name: [] for name in restores} for key in reductions}  # 1 for every image read correctly, else 0
+    right = {key: {one.name: [] for one in pipelines} for key in reductions}  # 1 for every image read correctly, else 0
     original, unreadable = [], 0
     is_cuda = runtime.device.type == "cuda"
     with Stopper() as stopper, progress_bar(len(lists), "degradation", options.verbose) as bar:

@@ -47,7 +47,8 @@ def main() -> int:
     t, weights = parameters.transformations, arguments.weights or parameters.darionet.weights
     if path.suffix not in SUFFIXES or (arguments.with_classifier and path.suffix != ".onnx"):
         raise InputError(f"{path}: .onnx or .safetensors are written, and .safetensors without a classifier")
-    refuse_existing(path, arguments.overwrite)
+    if path.exists() and not arguments.overwrite:
+        raise InputError(f"{path}: already exists; --overwrite replaces it")
     refuse_unwritable(path, "the file to write")
     network = load_rrdbnet(weights).eval().requires_grad_(False)
     about = metadata(network, weights)
@@ -62,15 +63,9 @@ def main() -> int:
         about |= {"classifier": json.dumps(section), "class_names": json.dumps(classifier.class_names)}
         restore = Upscale(network, t.interpolation, t.antialias)
         contents = to_onnx(Chain(restore, classifier, t.val_crop_size).eval(), path, about, "scores")
-    refuse_existing(path, arguments.overwrite)  # it may be there since the start
     write_atomically(path, lambda file: file.write(contents))
     print(path)
     return 0
-
-
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    if path.exists() and not overwrite:
-        raise InputError(f"{path}: already exists; --overwrite replaces it")
 
 
 class Chain(nn.Module):

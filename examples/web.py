@@ -23,7 +23,6 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).parents[1])]  # started as a file, python finds the packages beside it
 
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -45,7 +44,6 @@ NO_JPEG = "no"
 QUALITIES = (NO_JPEG, 90, 75, 40)
 BEST = 5  # labels
 LARGEST_UPLOAD = 20 * 2**20  # bytes
-LARGEST_FOLDER = 2**30  # bytes; what is over it takes no more uploads
 CLEANING = 600, 3600  # seconds: how often files are looked at, and how old they get
 PHOTOGRAPHS = Path(__file__).parent / "photographs"
 EXAMPLES = (  # of PHOTOGRAPHS, in the page's order
@@ -86,13 +84,8 @@ def way_to_reduce(times: float, interpolation: str, antialias: bool, jpeg: str |
     return reduction if jpeg == NO_JPEG else Stored(reduction, "JPEG", int(jpeg))
 
 
-def pixels(image: Tensor) -> np.ndarray:
-    """(3,H,W) in [0,1] -> uint8 (H,W,3)."""
-    return np.asarray(to_image(image))
-
-
 class Row(NamedTuple):
-    image: np.ndarray  # uint8 (H,W,3)
+    image: Image.Image
     labels: dict[str, float]  # the classifier's best labels -> probability
     size: tuple[int, int]  # width and height that the classifier read, pixels
 
@@ -129,7 +122,7 @@ def read_all(networks: Networks, image: Tensor, reduce: Callable[[Tensor], Tenso
         labels, size = {one["label"]: one["probability"] for one in best}, tuple(shown.shape[:-3:-1])
         if name == SMALL:  # every pixel as a square
             shown = Scaler(tuple(image.shape[-2:]), "nearest")(shown)
-        rows[name] = Row(pixels(shown), labels, size)
+        rows[name] = Row(to_image(shown), labels, size)
     return rows
 
 
@@ -177,14 +170,14 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
         notes = "; ".join(filter(None, (other_input(path, reduction) for path in networks.weights)))
         images = {name: row.image for name, row in rows.items()}
         pictures = []
-        for name, (array, _, (width, height)) in rows.items():
+        for name, (picture, _, (width, height)) in rows.items():
             file = re.sub(r"[^\w-]+", "_", name)  # a browser saves the picture by this name
-            path = save_pil_to_cache(Image.fromarray(array), str(folder), file, "png")
+            path = save_pil_to_cache(picture, str(folder), file, "png")
             pictures.append(gr.Image(path, label=f"{name}, {width} x {height}"))
         labels = [row.labels or None for row in rows.values()]
         return [images, html.escape(notes), (images[left], images[right]), *pictures, *labels]
 
-    def compare(images: dict[str, np.ndarray] | None, left: str, right: str):
+    def compare(images: dict[str, Image.Image] | None, left: str, right: str):
         return (images[left], images[right]) if images else gr.skip()
 
     if image is None and examples:
@@ -231,30 +224,6 @@ def make_page(networks: Networks, image: Tensor | None, title: str, folder: Path
     return page
 
 
-def without_room(app, folder: Path):
-    """The web application `app`, refusing uploads while `folder` holds too much."""
-    from starlette.responses import PlainTextResponse
-
-    async def guarded(scope, receive, send) -> None:
-        answer = app
-        if scope["type"] == "http" and scope["path"].endswith("/upload") and held(folder) > LARGEST_FOLDER:
-            answer = PlainTextResponse("Too much was uploaded: try again in an hour, or start again", 413)
-        await answer(scope, receive, send)
-
-    return guarded
-
-
-def held(folder: Path) -> int:
-    """Bytes of all files below `folder`; an empty one takes room too."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += 4096 + path.stat().st_size
-        except FileNotFoundError:  # removed since
-            continue
-    return total
-
-
 def main() -> int:
     """Serves the page on this machine alone until Ctrl-C, SIGTERM or SIGHUP."""
     parser = script_parser(__doc__)
@@ -263,7 +232,6 @@ def main() -> int:
     arguments = parser.parse_args()
     if find_spec("gradio") is None:
         raise InputError("the page needs gradio: pip install gradio, then pip install -r requirements.txt")
-    from starlette.middleware import Middleware
 
     parameters = parameters_or_shipped(arguments.parameters, arguments.set, arguments.weights)
     networks = open_networks(parameters, arguments.weights or [parameters.darionet.weights])
@@ -285,7 +253,6 @@ def main() -> int:
                 max_file_size=LARGEST_UPLOAD,
                 allowed_paths=[str(PHOTOGRAPHS / "free")],
                 footer_links=[],
-                app_kwargs={"middleware": [Middleware(without_room, folder=Path(folder))]},
             )
         except OSError as error:
             raise InputError(f"the page: {error}") from None

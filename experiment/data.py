@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from experiment.runtime import STOP_SIGNALS, Stopper, keep_freed_memory
-from experiment.sampling import open_images
+from experiment.sampling import list_images
 from models.errors import InputError, OneProcessError
 from models.images import UnreadableImage, read_image, size_in_header
 from models.scaler import size_of_shorter_side
@@ -105,7 +105,7 @@ class ImageTree(Dataset):
 
     def __init__(self, root: str, transform: Transform | Whole | None = None):
         self.root = root
-        self.paths = open_images(root)
+        self.paths = list_images(root)
         self.transform = transform
 
     def __len__(self) -> int:

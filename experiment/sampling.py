@@ -66,7 +66,7 @@ def files_below(folder: str | Path, follow: bool) -> Iterator[str]:
                 waiting[-1][1].add(real)
 
 
-def open_images(folder: str) -> list[str]:
+def list_images(folder: str) -> list[str]:
     """Paths of the images below `folder`, in an order of names alone; one line says which files are no images.
 
     Raises InputError if there are none.
@@ -90,7 +90,7 @@ def images_by_class(folder: str) -> dict[str, list[str]]:
 
     Raises InputError if there are none.
     """
-    images = open_images(folder)
+    images = list_images(folder)
     names = [name for name in sorted(os.listdir(folder)) if os.path.isdir(os.path.join(folder, name))]
     classes = {name: [] for name in names if not SYSTEM.fullmatch(name)}
     for class_name, _, name in (path.partition(os.sep) for path in images):

@@ -31,7 +31,7 @@ from models.files import PARTIAL  # noqa: E402
 CLOCKS = ("seconds", "images_per_second", "resolved", "run")
 STEPS = 3  # of an epoch; a run has two
 OTHER_JOB = "train_29990101-000000_another-job"  # a run folder that is never a test's own
-NOTES = {"steps.txt", "moments.txt", "here"}  # files that the tests write into a working directory
+NOTES = {"moments.txt", "here"}  # files that the tests write into a working directory
 
 
 @contextlib.contextmanager

@@ -92,16 +92,6 @@ def test_weights_are_constants_for_other_programs(start, trained):
     assert len(weights) == 21 and set(weights) <= stored
 
 
-def test_a_file_that_appears_meanwhile_is_not_replaced(start, trained, monkeypatch):
-    pytest.importorskip("safetensors")
-    from safetensors import torch as package
-
-    save, path = package.save, Path("a.safetensors")
-    monkeypatch.setattr(package, "save", lambda *arguments: path.write_text("mine") and save(*arguments))
-    one_line(start("examples/export", "a.safetensors"), "a.safetensors: already exists")
-    assert path.read_text() == "mine"
-
-
 def test_onnx_of_the_whole_chain(start, trained):
     pytest.importorskip("onnxscript")
     layers = "nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 15 * 15, 3)"

@@ -10,27 +10,22 @@ from torch.nn import functional as F
 
 from benchmarks.correctness import (
     BOUNDS,
-    LOWER_PRECISION,
-    SEEDS,
     STEP_BOUND,
-    Operators,
+    all_checks,
     drawn_images,
     error,
     frozen,
-    generator_errors,
     loss_of,
     pipeline_of,
     random_classifier,
     random_network,
-    step_errors,
 )
 from benchmarks.throughput import saved_bytes
-from experiment.runtime import compiled, cpu_has_bf16
+from experiment.runtime import compiled
 from models.fast import convolve, has_fused
 from models.pipeline import Pipeline
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="a bug of kernels for GPUs")
-needs_bf16 = pytest.mark.skipif(not cpu_has_bf16(), reason="bf16 is emulated here, the plain path runs")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +39,9 @@ def images() -> torch.Tensor:
     return drawn_images(2, 48, 3).contiguous(memory_format=torch.channels_last)
 
 
-# The generator
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize(("size", "dtype"), [((16, 2, 8), torch.float64), ((64, 1, 32), torch.float32)])
-def test_generator_and_all_its_gradients(size, dtype, recompute):
-    """In float32 the gradients of the best of several seeds: the others may have a value at a LeakyReLU's kink."""
-    outputs, gradients = zip(*(generator_errors(size, dtype, "cpu", recompute, seed) for seed in SEEDS), strict=True)
-    assert max(outputs) < BOUNDS[dtype]
-    assert (max if dtype == torch.float64 else min)(gradients) < BOUNDS[dtype]
+def test_generator_and_step_against_the_plain_ones():
+    for what, found, bound in all_checks("cpu"):
+        assert found <= bound, what
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -64,10 +52,10 @@ def test_a_convolution_with_what_follows_it(dtype):
     assert error(convolve(x, weight, bias, slope=0.2), F.leaky_relu(expected, 0.2)) < bound
     assert error(convolve(x, weight, bias, added=added), expected + added.double()) < bound
     if has_fused("cpu", dtype):
-        with Operators() as seen:
+        with torch.autograd.profiler.profile(use_kineto=False) as seen:
             convolve(x, weight, bias, slope=0.2)
             convolve(x, weight, bias, added=added)
-        assert {"mkldnn::_convolution_pointwise", "mkldnn::_convolution_pointwise.binary"} <= seen.names
+        assert [event.name for event in seen.function_events].count("mkldnn::_convolution_pointwise") == 2
 
 
 def test_a_float32_residual_under_autocast_takes_the_definition():
@@ -106,24 +94,6 @@ def test_a_dense_block_keeps_what_it_produces_and_no_concatenation():
     last = 4 * block.conv5.weight.numel()  # kept as it was used: scaled
     assert kept == 4 * pixels * (features + 4 * growth) + last
     assert plain > 2.5 * kept
-
-
-# The step
-
-
-def test_step(pipeline):
-    """Exact in float64; in float32 the loss, and the gradients of the best of several seeds."""
-    drawn = [drawn_images(2, 48, seed).contiguous(memory_format=torch.channels_last) for seed in SEEDS]
-    double = copy.deepcopy(pipeline).double()
-    assert max(max(step_errors(double, images.double())[0]) for images in drawn) < STEP_BOUND[torch.float64]
-    losses, gradients = zip(*(step_errors(pipeline, images)[0] for images in drawn), strict=True)
-    assert max(losses) < STEP_BOUND[torch.float32] and min(gradients) < STEP_BOUND[torch.float32]
-
-
-@needs_bf16
-def test_step_in_bf16_is_no_further_from_float32_than_the_plain_one(pipeline, images):
-    ours, plain = step_errors(pipeline, images, torch.bfloat16)
-    assert ours[1] < LOWER_PRECISION * plain[1]
 
 
 def test_compiled_step_is_the_eager_one(pipeline, images):

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, draw, draw_folder, one_line, python, write_parameters
 from PIL import Image
 
-from experiment.sampling import ENDINGS, images_by_class, open_images, share
+from experiment.sampling import ENDINGS, images_by_class, list_images, share
 from models.images import read_image
 
 MANIFEST = "manifest.json"
@@ -194,7 +194,7 @@ def test_a_manifest_without_a_list_gives_no_right_to_delete(start, originals, ma
 
 
 def test_what_systems_make_is_no_class_and_no_image(start, originals):
-    plain = open_images("val_original")
+    plain = list_images("val_original")
     systems = ["@eaDir", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle", ".Trashes"]
     for place in (originals / "val_original", originals / "val_original/discs", originals / "val"):
         for name in systems:
@@ -204,7 +204,7 @@ def test_what_systems_make_is_no_class_and_no_image(start, originals):
     draw_class(originals / "val" / "discs", 0)
     (originals / "val/discs/.mine.partial").write_bytes(b"x")
     draw_class(originals / "val_original" / "thumbs", 1)  # a class may be called almost like them
-    assert open_images("val_original") == [*plain, "thumbs/0.png"]
+    assert list_images("val_original") == [*plain, "thumbs/0.png"]
     for _ in range(2):  # a target that has nothing else is empty
         result = start("img_sampler_val")
         assert result.code == 0 and "of 4 classes" in result.out and "left out" not in result.out
@@ -220,7 +220,7 @@ def test_other_files_are_counted_by_ending(start, originals, capfd):
     assert lines[0].startswith("train_original: left out 2 .heic, 1 .jxl, 1 without an ending: not read as images (")
     assert lines[1] == "train_original: left out 1 images in no class folder: loose.png"
     assert lines[2] == "train_original: no images in 1 of 4 class folders: fox"
-    open_images("train")  # the manifest is no stranger
+    list_images("train")  # the manifest is no stranger
     assert capfd.readouterr().out == ""
 
 
@@ -230,7 +230,7 @@ def test_every_ending_that_is_listed_is_read(tmp_path, suffix):
     kind = {".mpo": "MPO", ".dib": "BMP"}.get(suffix) or Image.registered_extensions()[suffix]
     two = {"save_all": True, "append_images": [image]} if kind == "MPO" else {}
     image.save(tmp_path / f"a{suffix.upper()}", kind, **two)
-    assert read_image(tmp_path / open_images(str(tmp_path))[0]).getpixel((9, 9)) == (255, 255, 255)
+    assert read_image(tmp_path / list_images(str(tmp_path))[0]).getpixel((9, 9)) == (255, 255, 255)
 
 
 def test_names_are_compared_composed(start, originals):
@@ -244,7 +244,7 @@ def test_names_are_compared_composed(start, originals):
                 draw("discs", i).save(folder / normalize(form, f"f{'éöがf'[i % 4]} {i}.png"))
         folders = {"val_original": form, "val": f"val{form}", "test": f"test{form}"}
         assert start("img_sampler_val", *(f"--set=data.{key}={folder}" for key, folder in folders.items())).code == 0
-        lists.append([open_images(folder) for folder in folders.values()])
+        lists.append([list_images(folder) for folder in folders.values()])
     assert lists[0] != lists[1] == [[normalize("NFD", path) for path in paths] for paths in lists[0]]
 
 

@@ -12,24 +12,22 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2])]  # started as a file, python finds the packages there
 
-import torch
-
 from experiment import plots
-from experiment.data import ImageTree, Transform, to_float
-from experiment.metrics import BASELINE, ORIGINAL, OURS, SMALL
+from experiment.data import ImageTree, Transform
+from experiment.evaluation import ask, images_at, make_pipelines
+from experiment.metrics import OURS
 from experiment.parameters import read_parameters
 from experiment.runtime import start_runtime
 from experiment.script import run_script, script_parser
 from models.classifier import open_classifier
 from models.darionet import load_rrdbnet, to_device
-from models.pipeline import Enlarge, Pipeline, Upscale, unchanged
+from models.pipeline import Upscale
 from models.scaler import Reduction
 
 HERE = Path(__file__).parent
 FIRST, EVERY = 24, 50
 
 
-@torch.no_grad()
 def main() -> int:
     parser = script_parser(__doc__)
     parser.add_argument("--esrgan", metavar="FILE", help="a network that DarioNet is compared with")
@@ -42,26 +40,23 @@ def main() -> int:
     targets = photographs.targets(classifier.class_names, required=True)
     files = {"Real-ESRGAN": arguments.esrgan, OURS: parameters.darionet.weights}
     networks = {name: load_rrdbnet(file, runtime.device).eval() for name, file in files.items() if file}
-    restores = {BASELINE: Enlarge("bilinear")} | {
-        name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()
-    }
-    reduction = Reduction(t.scale, t.interpolation, t.antialias)
-    rows = [Pipeline(ORIGINAL, classifier, unchanged, unchanged), Pipeline(SMALL, classifier, reduction, unchanged)]
-    rows += [Pipeline(name, classifier, reduction, restore) for name, restore in restores.items()]
+    restores = {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
+    pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), restores)
 
-    chosen = range(FIRST, len(photographs), EVERY)
-    images = to_float(torch.stack([photographs[i][1] for i in chosen]), runtime.device)
+    paths = photographs.paths[FIRST::EVERY]
+    images = images_at(photographs, paths, runtime.device)
     with (HERE / "CREDITS.tsv").open(encoding="utf-8") as file:
         credits = {row["image"]: row for row in csv.DictReader(file, delimiter="\t")}
-    columns, titles = {}, [[] for _ in chosen]
-    for pipeline in rows:
-        rebuilt, logits = map(torch.cat, zip(*(pipeline(image[None])[1:] for image in images), strict=True))
-        columns[pipeline.name] = rebuilt
-        for title, i, probabilities in zip(titles, chosen, logits.softmax(1), strict=True):
-            index = int(probabilities.argmax())
-            colour = plots.GOOD if index == targets[i] else plots.BAD
-            title.append((f"{plots.shorten(classifier.labels[index], 16)} {probabilities[index]:.0%}", colour))
-    notes = [credit(credits[Path(photographs.paths[i]).stem]) for i in chosen]
+    columns, titles = {}, [[] for _ in paths]
+    for pipeline in pipelines:
+        if pipeline.name == "Bicubic":
+            continue
+        asked = [ask(pipeline, image, runtime) for image in images]
+        columns[pipeline.name] = [rebuilt[0] for _, rebuilt, _ in asked]
+        for title, target, (_, _, ((best,),)) in zip(titles, targets[FIRST::EVERY], asked, strict=True):
+            colour = plots.GOOD if best["class"] == classifier.class_names[target] else plots.BAD
+            title.append((f"{plots.shorten(best['label'], 16)} {best['probability']:.0%}", colour))
+    notes = [credit(credits[Path(path).stem]) for path in paths]
     plots.image_grid(columns, titles, arguments.output, notes)
     print(arguments.output)
     return 0
