@@ -137,16 +137,17 @@ def run_folder(path: Path, parameters: Parameters) -> Path:
 
 def draw_scales(images, rows: list[Pipeline], reduction: Reduction, runtime: Runtime, path: Path) -> None:
     """The image, (1,3,H,W), reduced by every factor, and what the rows rebuild of it."""
-    lines = []
+    columns = {heading: [] for heading in ("original", "small", "bilinear", *(row.name for row in rows[1:]))}
+    notes = []
     for factor in FACTORS:
         reduce = replace(reduction, scale=1 / factor)
         found = [ask(Pipeline(row.name, row.classifier, reduce, row.restore), images, runtime) for row in rows]
         small = found[0][0][0]
-        title = f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px"
-        lines.append((title, [images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)]))
-    headings = ["original", "small", "bilinear", *(row.name for row in rows[1:])]
-    columns = {heading: [images[c] for _, images in lines] for c, heading in enumerate(headings)}
-    plots.image_grid(columns, None, path, [title for title, _ in lines])
+        notes.append(f"1/{factor}: {small.shape[-1]} x {small.shape[-2]} px")
+        shown = images[0], small, *(rebuilt[0] for _, rebuilt, _ in found)
+        for column, image in zip(columns.values(), shown, strict=True):
+            column.append(image)
+    plots.image_grid(columns, None, path, notes)
 
 
 def read_folder(

@@ -23,7 +23,7 @@ from torch import Tensor
 from experiment import plots
 from experiment.data import ImageTree, Transform, batches, epoch_batches, to_float
 from experiment.evaluation import make_pipelines
-from experiment.metrics import ORIGINAL, bootstrap, interval, recovered_draws, require_finite, write_json
+from experiment.metrics import ORIGINAL, SMALL, bootstrap, interval, recovered_draws, require_finite, write_json
 from experiment.parameters import read_parameters
 from experiment.runtime import Stopper, new_run_folder, progress_bar, start_runtime
 from experiment.script import run_script, script_parser
@@ -65,7 +65,8 @@ def main() -> int:
     targets = torch.tensor(dataset.targets(classifier.class_names, required=True))
     weights = arguments.weights or [d.weights]
     networks = load_upscalers(weights, d.initial_weights, runtime.device, t.interpolation, t.antialias)
-    _, _, *pipelines = make_pipelines(classifier, unchanged, networks)  # of what is rebuilt
+    pipelines = make_pipelines(classifier, unchanged, networks)
+    pipelines = [pipeline for pipeline in pipelines if pipeline.name not in (ORIGINAL, SMALL)]
     scales = arguments.scales or [t.scale]
     reductions = {(scale, name): reduce for scale in scales for name, reduce in ways(scale).items()}
     limit = options.batches_per_epoch

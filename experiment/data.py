@@ -275,13 +275,15 @@ def small_batches(
     """
     by_size = defaultdict(list)
     for index in chosen:
+        if stopper and stopper.requested:
+            return
         by_size[size_in_header(os.path.join(dataset.root, dataset.paths[index])) or (side, side)].append(index)
     lists = []
     for (width, height), indices in by_size.items():
         shape = min(width, height) / max(width, height)
         many = max(1, int(batch_size * min(side**2 / (width * height), shape)))
         lists += [indices[i : i + many] for i in range(0, len(indices), many)]
-    return batches(dataset, lists, workers, stopper=stopper)
+    yield from batches(dataset, lists, workers, stopper=stopper)
 
 
 def to_float(images: Tensor, device: torch.device | str) -> Tensor:

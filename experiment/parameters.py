@@ -218,6 +218,8 @@ def read_parameters(path: str | Path, settings: Sequence[str] = ()) -> Parameter
         raise InputError(f"{path}: not valid JSON: {printable(str(error), 200)}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path}: expected an object with the sections {', '.join(Parameters.model_fields)}")
+    if isinstance(values.get("classifier"), list):
+        raise InputError(f"{path}: classifier is a list: the first stays, the others go to training.more_teachers")
     for setting in settings:
         override(values, setting)
     try:
@@ -285,8 +287,9 @@ def reference() -> str:
 
     python train_darionet.py --parameters FILE --set training.epochs=1 --set data.train=photographs
 
-Every script takes `--parameters FILE` (default: parameters.json) and `--set KEY=VALUE`, as often as you like. A key
-that the file leaves out has its default. `python -m experiment.parameters > docs/parameters.md` writes this page.
+Every script takes `--parameters FILE` (default: parameters.json) and `--set KEY=VALUE`, as often as you like. VALUE is
+JSON, or text if it is none: a folder called 2012 is `./2012`. A key that the file leaves out has its default.
+`python -m experiment.parameters > docs/parameters.md` writes this page.
 
 | key | default | what it does |
 |---|---|---|

@@ -21,8 +21,10 @@ from models.files import partial_of, replace, write_text
 
 # The same on every machine, whatever its Pillow can read, so that samplers choose the same files. No format without a
 # signature at its start (TGA, PCX): files are read by content.
-COMMON, OTHER = "jpg jpeg jpe jfif mpo png apng gif webp", "bmp dib tif tiff avif avifs jp2 j2k j2c jpc jpf jpx qoi"
-ENDINGS = {f".{letters}" for letters in f"{COMMON} {OTHER} ppm pgm pbm pnm".split()}
+ENDINGS = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".gif", ".webp", ".bmp", ".dib", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".qoi"),
+}
 # Names that start with a dot, and what NAS, archivers, Windows and macOS put beside photographs.
 SYSTEM = re.compile(
     r"\..*|@(eadir|tmp|recycle|recently-snapshot|__thumb)|[#~](recycle|snapshot)|__macosx|\$recycle\.bin|recycler"

@@ -41,7 +41,7 @@ def images() -> torch.Tensor:
 
 def test_generator_and_step_against_the_plain_ones():
     for what, found, bound in all_checks("cpu"):
-        assert found <= bound, what
+        assert found < bound, what
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -1,5 +1,6 @@
 """A pickle that would run code, given to everything that loads weights or checkpoints: it never runs."""
 
+import contextlib
 import io
 import pickle
 import shutil
@@ -57,6 +58,15 @@ def files() -> list[bytes]:
         found += [saved(state), saved(payload), saved(state, _use_new_zipfile_serialization=False)]
         found += [pickle.dumps(state, protocol) for protocol in (2, 4)]
     return found
+
+
+def test_the_payloads_are_armed(tmp_path, monkeypatch):
+    """They do run where code is allowed to: otherwise the canary would prove nothing."""
+    monkeypatch.chdir(tmp_path)
+    for contents in files():
+        with contextlib.suppress(Exception):  # a bare pickle is no torch file, which shows after it ran
+            torch.load(io.BytesIO(contents), weights_only=False)
+        Path("canary").rmdir()
 
 
 def refuse_all(start, path: Path, *calls: list[str]) -> None:

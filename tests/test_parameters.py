@@ -123,7 +123,7 @@ def test_one_file_under_two_names(read, tmp_path, monkeypatch):
         ('{"transformations": {"random_reduction": {"scale": [0.5, 0.2]}}}', ["random_reduction.scale", "lowest"]),
         ('{"transformations": {"random_reduction": {"webp_probability": 0.8}}}', ["webp_probability", "over 1"]),
         ('{"training": {"more_teachers": [{}, {"name": "x"}]}}', ["more_teachers.1.name: unknown key", "architecture"]),
-        ('{"classifier": [{}, {}]}', ["classifier: found [{}, {}]", "valid dictionary"]),
+        ('{"classifier": [{}, {}]}', ["classifier is a list: the first stays", "training.more_teachers"]),
         ('{"data": {"train": "a\\u0000b"}}', ["data.train"]),
         ('{"test": {"seed": 1, "seed": 2}}', ["'seed' stands twice"]),
         ('{"training": {"epochs": ' + "9" * 5000 + "}}", ["p.json"]),

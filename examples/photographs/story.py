@@ -42,6 +42,7 @@ def main() -> int:
     networks = {name: load_rrdbnet(file, runtime.device).eval() for name, file in files.items() if file}
     restores = {name: Upscale(network, t.interpolation, t.antialias) for name, network in networks.items()}
     pipelines = make_pipelines(classifier, Reduction(t.scale, t.interpolation, t.antialias), restores)
+    pipelines = [pipeline for pipeline in pipelines if pipeline.name != "Bicubic"]
 
     paths = photographs.paths[FIRST::EVERY]
     images = images_at(photographs, paths, runtime.device)
@@ -49,8 +50,6 @@ def main() -> int:
         credits = {row["image"]: row for row in csv.DictReader(file, delimiter="\t")}
     columns, titles = {}, [[] for _ in paths]
     for pipeline in pipelines:
-        if pipeline.name == "Bicubic":
-            continue
         asked = [ask(pipeline, image, runtime) for image in images]
         columns[pipeline.name] = [rebuilt[0] for _, rebuilt, _ in asked]
         for title, target, (_, _, ((best,),)) in zip(titles, targets[FIRST::EVERY], asked, strict=True):
