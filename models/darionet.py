@@ -63,6 +63,8 @@ def load_rrdbnet(path: str, device: torch.device | str = "cpu") -> RRDBNet:
 def build_darionet(features: int, blocks: int, growth: int, initial_weights: str | None) -> RRDBNet:
     """A DarioNet to be trained, from a file or a name in models.weights.URLS; if None, it starts as an enlargement.
 
+    A file of fewer blocks starts a larger network: the blocks that it lacks change nothing until they learn.
+
     Raises:
         InputError: no file, no internet, no RRDBNet x4, or one of another size.
     """
@@ -76,8 +78,12 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
             f"{' and '.join(URLS)} are downloaded by name; null starts as a plain enlargement"
         )
     network = load_rrdbnet(path)
-    if (found := generator_size(network.state_dict())) != size:
+    found = generator_size(network.state_dict())
+    if found[::2] != size[::2] or found[1] > blocks:
         raise InputError(f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters")
+    if found[1] < blocks:
+        print(f"Note: {path} has {found[1]} blocks; {blocks - found[1]} new ones are spread between them")
+        network.add_blocks(blocks)
     return network
 
 

@@ -98,6 +98,22 @@ class RRDBNet(nn.Module):
             conv.weight[range(3), range(3)] = kernel
         self.conv_last.weight[range(3), range(3)] = tap
 
+    @torch.no_grad()
+    def add_blocks(self, blocks: int) -> None:
+        """Spreads new blocks between its own, up to `blocks` in all; until they learn they pass on what they are given.
+
+        The last convolution of a new block takes away the input of its dense block, so that no residual is left.
+        """
+        own = list(self.RRDB_trunk)
+        features, growth = len(self.conv_first.weight), len(own[0].RDB1.conv1.weight)
+        trunk = [ResidualInResidualDenseBlock(features, growth) for _ in range(blocks)]
+        for block in trunk:
+            block.RDB3.conv5.weight.zero_()
+            block.RDB3.conv5.weight[range(features), range(features), 1, 1] = -1 / RESIDUAL_SCALE
+        for i, block in enumerate(own):
+            trunk[i * blocks // len(own)] = block
+        self.RRDB_trunk = nn.Sequential(*trunk)
+
     def forward(self, small: Tensor) -> Tensor:
         """(N,3,h,w) float in [0,1] -> (N,3,4h,4w); computed in the memory order of the weights."""
         nhwc = self.conv_first.weight.is_contiguous(memory_format=torch.channels_last)
