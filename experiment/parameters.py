@@ -156,7 +156,7 @@ class DataSection(Section):
 
 class DarioNetSection(Section):
     features: int = entry(64, "Channels between the blocks.", ge=1, le=1024)
-    blocks: int = entry(23, "Number of blocks (RRDB).", ge=1, le=200)
+    blocks: int = entry(23, "Number of blocks (RRDB), at least those of initial_weights.", ge=1, le=200)
     growth: int = entry(32, "Channels that each convolution in a block adds.", ge=1, le=1024)
     initial_weights: Text | None = entry("assets/models/RRDB_PSNR_x4.pth", "A file or a published name; null: none.")
     weights: Text = entry("assets/models/DarioNet.pt", "Training writes this file, and the other scripts read it.")

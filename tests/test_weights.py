@@ -135,6 +135,25 @@ def test_each_thing_that_can_be_wrong_is_named(weights, tmp_path):
     refused(weights, tmp_path, "(8, 3, 4)", "(8, 2, 4)", loader=lambda path: build_darionet(8, 2, 4, path))
 
 
+@pytest.mark.parametrize("blocks", [4, 8])
+def test_new_blocks_change_nothing_until_they_learn(weights, blocks, tmp_path, capsys):
+    save_weights({key: tensor + 0.05 for key, tensor in weights.items()}, tmp_path / "w.pt", OURS)
+    small, larger = (build_darionet(8, count, 4, str(tmp_path / "w.pt")) for count in (3, blocks))
+    assert (
+        capsys.readouterr().out
+        == f"Note: {tmp_path / 'w.pt'} has 3 blocks; {blocks - 3} new ones are spread between them\n"
+    )
+    images = torch.rand(2, 3, 7, 9)
+    torch.testing.assert_close(larger(images), small(images))
+
+    optimizer = torch.optim.SGD(larger.parameters(), 1e-3)
+    for _ in range(2):  # the first step moves the last convolutions of new blocks, the second all before them
+        larger(images).square().mean().backward()
+        assert all(block.RDB3.conv5.weight.grad.any() for block in larger.RRDB_trunk)
+        optimizer.step()
+    assert all(parameter.grad.any() for parameter in larger.parameters())
+
+
 def test_odd_state_dicts_are_refused(weights, tmp_path):
     loop: dict = {}
     loop["model"] = loop
