@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import ROOT, draw, one_line, results_of
 from PIL import Image
 from torchvision.datasets import Imagenette
 
+from experiment.parameters import read_parameters
 from models.classifier import imagenet_labels
 
 WNIDS = ["n00000001", "n00000002", "n00000003"]
@@ -223,6 +225,24 @@ for script in sys.argv[1:]:
         runpy.run_path(script, run_name="__main__")
     assert os.wait()[1] == 0, script
 """
+
+
+def test_the_experiment_for_a_gpu_names_parameters_that_exist(tmp_path):
+    fake = tmp_path / "python"
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$COMMANDS"; echo >> "$COMMANDS"\n')
+    fake.chmod(0o755)
+    commands = tmp_path / "commands.txt"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "COMMANDS": str(commands)}
+    environment |= {"START": "assets/models/DarioNet_photographs.pt", "SETTINGS": "training.epochs=2"}
+    environment |= {"TEACHERS": '[{"architecture": "resnet50", "weights": "pretrained"}]'}
+    script = ["bash", str(ROOT / "examples/photographs/experiment.sh"), *[str(tmp_path)] * 3]
+    subprocess.run(script, env=environment, capture_output=True, check=True)
+    found = [command.split("\n") for command in commands.read_text().strip().split("\n\n")]
+    assert len(found) == 8
+    for command in found:
+        settings = [value for option, value in pairwise(command) if option == "--set"]
+        parameters = read_parameters(ROOT / command[command.index("--parameters") + 1], settings)
+        assert parameters.training.more_teachers[0].architecture == "resnet50"
 
 
 def test_examples_start_as_files(tmp_path):

@@ -7,7 +7,7 @@
 # examples/photographs/output, tables and figures to assets/logs. What may be set before it:
 #
 #     START, SMALL_START   weights to start from: names that are downloaded, or files
-#     TEACHERS             the classifiers, as under `classifier` in a parameters.json: a list of one or more
+#     TEACHERS             further teachers, as training.more_teachers in a parameters.json: a list
 #     STRANGER             arguments of test.py for a classifier that no network met
 #     SETTINGS             further settings for every training, such as training.epochs=10
 set -euo pipefail
@@ -19,13 +19,14 @@ train=$(realpath "$1") val=$(realpath "$2") test=$(realpath "$3")
 cd "$(dirname "$0")/../.."
 : "${START:=RealESRGAN_x4plus}" "${SMALL_START:=RealESRGAN_x4plus_anime_6B}" "${STRANGER:=--classifier resnet50}"
 out=examples/photographs/output
-parameters=(--parameters examples/photographs/parameters_gpu.json --set "darionet.initial_weights=$START")
-if [ -n "${TEACHERS:-}" ]; then parameters+=(--set "classifier=$TEACHERS"); fi
+parameters=(--parameters examples/photographs/parameters_gpu.json --set "darionet.initial_weights=$START" \
+    --set "darionet.weights=$out/all_kinds.pt")
+if [ -n "${TEACHERS:-}" ]; then parameters+=(--set "training.more_teachers=$TEACHERS"); fi
 training=("${parameters[@]}" --set "data.train=$train" --set "data.val=$val")
 for setting in ${SETTINGS:-}; do training+=(--set "$setting"); done
 testing=("${parameters[@]}" --set "data.test=$test")
 set -x
-python train_darionet.py "${training[@]}" --set "darionet.weights=$out/all_kinds.pt"
+python train_darionet.py "${training[@]}"
 python train_darionet.py "${training[@]}" --set "darionet.weights=$out/one_kind.pt" \
     --set transformations.random_reduction=null
 python train_darionet.py "${training[@]}" --set "darionet.weights=$out/six_blocks.pt" \
