@@ -216,17 +216,6 @@ def test_degradations_in_numbers():
     assert overall(rows, means).startswith("\nX recovers 25.0% in the mean of 2 rows, at worst -50.0% (")
 
 
-START_ALL = """
-import os, runpy, sys
-import matplotlib.figure, torch, torchvision  # once for all of them
-for script in sys.argv[1:]:
-    if not os.fork():
-        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
-        runpy.run_path(script, run_name="__main__")
-    assert os.wait()[1] == 0, script
-"""
-
-
 def test_the_experiment_for_a_gpu_names_parameters_that_exist(tmp_path):
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@" >> "$COMMANDS"; echo >> "$COMMANDS"\n')
@@ -243,6 +232,17 @@ def test_the_experiment_for_a_gpu_names_parameters_that_exist(tmp_path):
         settings = [value for option, value in pairwise(command) if option == "--set"]
         parameters = read_parameters(ROOT / command[command.index("--parameters") + 1], settings)
         assert parameters.training.more_teachers[0].architecture == "resnet50"
+
+
+START_ALL = """
+import os, runpy, sys
+import matplotlib.figure, torch, torchvision  # once for all of them
+for script in sys.argv[1:]:
+    if not os.fork():
+        sys.argv, sys.path[0] = [script, "--help"], os.path.dirname(script)
+        runpy.run_path(script, run_name="__main__")
+    assert os.wait()[1] == 0, script
+"""
 
 
 def test_examples_start_as_files(tmp_path):
