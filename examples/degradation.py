@@ -5,9 +5,9 @@
     python examples/degradation.py --scales 0.5 0.32 0.1667      at several scales
 
 The test images are reduced in six ways: plain bilinear (as published), antialiased bilinear, antialiased bicubic, and
-plain bilinear stored as JPEG of quality 75 and 40 and as WebP of quality 70. Every network rebuilds all of them, and so do bilinear and bicubic
-enlarging. The table has accuracies and the fraction recovered of what bilinear loses on the same small images, with
-its 95 % interval; table, numbers and figure go to assets/logs/degradation_<stamp>/.
+plain bilinear stored as JPEG of quality 75 and 40 and as WebP of quality 70. Every network rebuilds all of them, and so
+do bilinear and bicubic enlarging. The table has accuracies and the fraction recovered of what bilinear loses on the
+same small images, with its 95 % interval; table, numbers and figure go to assets/logs/degradation_<stamp>/.
 """
 
 import sys
