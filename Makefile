@@ -1,7 +1,7 @@
 # make demo   the whole program on drawn pictures, offline after installation, in about 4 minutes on two cores with bf16 units
 # make photographs   what the network that comes with the project makes of 200 free photographs
 # make test   the checks
-# make soak   the long checks of docs/reliability.md, about half an hour on two cores
+# make soak   the long checks of docs/reliability.md, 25 to 50 minutes on two cores
 # make clean  removes the demo's pictures and weights; runs in assets/logs stay
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PYTHON ?= python3

@@ -288,8 +288,8 @@ def reference() -> str:
     python train_darionet.py --parameters FILE --set training.epochs=1 --set data.train=photographs
 
 Every script takes `--parameters FILE` (default: parameters.json) and `--set KEY=VALUE`, as often as you like. VALUE is
-JSON, or text if it is none: a folder called 2012 is `./2012`. A key that the file leaves out has its default.
-`python -m experiment.parameters > docs/parameters.md` writes this page.
+read as JSON; what is no JSON is text. Write a folder named 2012 as `./2012`, or it is a number. A key that the file
+leaves out has its default. `python -m experiment.parameters > docs/parameters.md` writes this page.
 
 | key | default | what it does |
 |---|---|---|
