@@ -313,8 +313,12 @@ def open_classifier(
                 f"{error}; classes that are not ImageNet's are named in the file by models.classifier.save_classifier; "
                 "other options (an image size, ...) need a function of yours that builds the network, FILE.py:FUNCTION"
             ) from None
-    try:  # what the caller gives comes before what the file notes, and that before what is known of the network
-        return FrozenClassifier(network, **{"class_names": imagenet} | known | noted | given, head=head, maps=maps)
+    # What the caller gives comes before what the file notes, and that before what is known of the network.
+    values = {"class_names": imagenet} | known | noted | given
+    if build is from_file and not values.keys() >= {"mean", "std"}:
+        print(f"Note: {architecture} says no MEAN and STD: its images are normalised with ImageNet's")
+    try:
+        return FrozenClassifier(network, **values, head=head, maps=maps)
     except InputError as error:
         raise InputError(f"{weights or architecture}: {error}") from None
 

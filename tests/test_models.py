@@ -332,7 +332,7 @@ def broken():
 """
 
 
-def test_a_network_of_ones_own_from_a_file(tmp_path):
+def test_a_network_of_ones_own_from_a_file(tmp_path, capsys):
     """FILE.py:FUNCTION, with its weights inside or in a file beside it; a buffer named mean normalises nothing."""
     file = tmp_path / "mine.py"
     file.write_text(OWN_FILE)
@@ -344,6 +344,10 @@ def test_a_network_of_ones_own_from_a_file(tmp_path):
     other = open_classifier(f"{file}:network", str(tmp_path / "w.pt"))
     expected = F.linear(images.mean((2, 3)) * 2 - 1, state["2.weight"], state["2.bias"])
     torch.testing.assert_close(other(images), expected)
+    assert capsys.readouterr().out == ""
+    (tmp_path / "silent.py").write_text(OWN_FILE.replace("STD", "OTHER"))
+    silent = open_classifier(f"{tmp_path}/silent.py:network", None)
+    assert "says no MEAN and STD" in capsys.readouterr().out and silent.std.flatten()[0].item() == pytest.approx(0.229)
     torch.save(torch.zeros(3), tmp_path / "tensor.pt")
     with pytest.raises(InputError, match="no state dict"):
         open_classifier(f"{file}:network", str(tmp_path / "tensor.pt"))
