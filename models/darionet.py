@@ -80,7 +80,10 @@ def build_darionet(features: int, blocks: int, growth: int, initial_weights: str
     network = load_rrdbnet(path)
     found = generator_size(network.state_dict())
     if found[::2] != size[::2] or found[1] > blocks:
-        raise InputError(f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters")
+        raise InputError(
+            f"{path}: features, blocks, growth are {found} in the file and {size} in the parameters: "
+            "set those of the file under darionet; more blocks are possible"
+        )
     if found[1] < blocks:
         print(f"Note: {path} has {found[1]} blocks; {blocks - found[1]} new ones are spread between them")
         network.add_blocks(blocks)
