@@ -316,7 +316,7 @@ def open_classifier(
     # What the caller gives comes before what the file notes, and that before what is known of the network.
     values = {"class_names": imagenet} | known | noted | given
     if build is from_file and not values.keys() >= {"mean", "std"}:
-        print(f"Note: {architecture} says no MEAN and STD: its images are normalised with ImageNet's")
+        print(f"Note: {architecture} says no MEAN and STD: taking ImageNet's; classifier.mean and std name others")
     try:
         return FrozenClassifier(network, **values, head=head, maps=maps)
     except InputError as error:
